@@ -1,0 +1,221 @@
+"""How values become bytes: encode beside decode, and the size beside both.
+
+A codec turns values [N, *entry] into *parts*, each an array with a shape and a dtype of its own, and back.
+Parts are stored and gathered separately; decoding works on padded batches, where padding is zero.
+
+    codec    parts                                          bytes a value
+    dense    the values                                     4, 2 or 1: that of the dtype
+    int8     values int8, scales float32, one a block        1 + 4/128 = 1.031 (last axis a multiple of 128)
+    bitpack  whole numbers below 2**bits, packed             bits/8
+    bytes    one binary a row                                what came + 8
+    arrow    any Arrow column, as it came                    what Arrow takes
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .errors import ConfigError, DataError
+from .schema import ARROW_TYPES, FieldSpec, entry_width, is_list, symbols
+
+INT8_BLOCK = 128  # values that share a scale
+
+STORED_AS = {"bfloat16": "uint16", "bool": "uint8"}  # numpy has no bfloat16
+LIMITS = {"float16": 65504.0, "bfloat16": 3.3895314e38, "float32": 3.4028235e38}
+
+
+class Part(NamedTuple):
+    """One stored array of a field: its name inside the column ("" alone), the shape of a row, its dtype."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        return np.dtype(STORED_AS.get(self.dtype, self.dtype))
+
+    @property
+    def entry_bytes(self) -> int:
+        return entry_width(self.shape) * self.numpy_dtype.itemsize
+
+
+class Codec(NamedTuple):
+    """parts(spec); encode(values [..., *row shape], spec) -> arrays; decode(arrays, spec) -> values."""
+
+    parts: Callable[[FieldSpec], tuple[Part, ...]]
+    encode: Callable[[np.ndarray, FieldSpec], tuple[np.ndarray, ...]]
+    decode: Callable[[Sequence[np.ndarray], FieldSpec], np.ndarray]
+
+
+# dense: the values themselves
+
+
+def dense_parts(spec: FieldSpec) -> tuple[Part, ...]:
+    return (Part("", spec.shape, spec.dtype),)
+
+
+def dense_encode(values: np.ndarray, spec: FieldSpec) -> tuple[np.ndarray, ...]:
+    if spec.dtype == "bfloat16":
+        return (float32_to_bfloat16(values),)
+    return (np.ascontiguousarray(values).astype(STORED_AS.get(spec.dtype, spec.dtype), copy=False),)
+
+
+def dense_decode(parts: Sequence[np.ndarray], spec: FieldSpec) -> np.ndarray:
+    if spec.dtype == "bfloat16":
+        return bfloat16_to_float32(parts[0])
+    return parts[0].view(np.bool_) if spec.dtype == "bool" else parts[0]
+
+
+def float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Bits of the nearest bfloat16, ties to even, as uint16. NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+# int8: blocks of 128 along the last axis (all of it where its size differs by row), one float32 scale each
+
+
+def int8_parts(spec: FieldSpec) -> tuple[Part, ...]:
+    if not spec.shape:
+        raise ConfigError(f"field {spec.name}: int8 needs an axis to share a scale along; a row here is a scalar")
+    *outer, last = spec.shape
+    blocks = () if isinstance(last, str) else (math.ceil(last / INT8_BLOCK),)
+    return Part("values", spec.shape, "int8"), Part("scales", (*outer, *blocks), "float32")
+
+
+def int8_encode(values: np.ndarray, spec: FieldSpec) -> tuple[np.ndarray, ...]:
+    """Nearest of 255 levels symmetric about zero: |error| <= scale/2 = max|block| / 254."""
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    block = _int8_block(spec, values.shape[-1])
+    starts = np.arange(0, values.shape[-1], block)
+    scales = np.maximum.reduceat(np.abs(values), starts, axis=-1) / np.float32(127)
+    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
+    inverse = np.where(np.isfinite(inverse), inverse, 0)  # a block of subnormals is zero
+    levels = np.rint(values * _spread(inverse, block, values.shape[-1])).clip(-127, 127).astype(np.int8)
+    return levels, scales[..., 0] if isinstance(spec.shape[-1], str) else scales
+
+
+def int8_decode(parts: Sequence[np.ndarray], spec: FieldSpec) -> np.ndarray:
+    levels, scales = parts
+    block = _int8_block(spec, levels.shape[-1])
+    scales = scales[..., None] if isinstance(spec.shape[-1], str) else scales
+    return levels.astype(np.float32) * _spread(scales, block, levels.shape[-1])
+
+
+def _int8_block(spec: FieldSpec, size: int) -> int:
+    return size if isinstance(spec.shape[-1], str) else min(INT8_BLOCK, size)
+
+
+def _spread(scales: np.ndarray, block: int, size: int) -> np.ndarray:
+    """[..., blocks] -> [..., size]; one block broadcasts."""
+    return scales if scales.shape[-1] == 1 else np.repeat(scales, block, axis=-1)[..., :size]
+
+
+# bitpack: whole numbers in `bits` bits each, most significant bit first, every entry starting on a byte
+
+
+def bitpack_parts(spec: FieldSpec) -> tuple[Part, ...]:
+    *outer, count = spec.shape
+    if not isinstance(count, int):
+        raise ConfigError(f"field {spec.name}: bitpack needs a fixed last axis; got shape {spec.shape}")
+    return (Part("", (*outer, math.ceil(count * _bits(spec) / 8)), "uint8"),)
+
+
+def bitpack_encode(values: np.ndarray, spec: FieldSpec) -> tuple[np.ndarray, ...]:
+    bits = _bits(spec)
+    if values.size and not (0 <= values.min() and values.max() < 2**bits):
+        raise DataError(f"field {spec.name}: values below 2**{bits} fit; got {values.min()} to {values.max()}")
+    shifts = np.arange(bits - 1, -1, -1, dtype=np.int64)
+    stream = (values.astype(np.int64)[..., None] >> shifts).astype(np.uint8) & 1
+    return (np.packbits(stream.reshape(*values.shape[:-1], -1), axis=-1),)
+
+
+def bitpack_decode(parts: Sequence[np.ndarray], spec: FieldSpec) -> np.ndarray:
+    """Each value spans at most 5 bytes: a 64-bit window at its first byte, shifted and masked."""
+    bits, count = _bits(spec), int(spec.shape[-1])
+    packed = parts[0]
+    first_bit = np.arange(count) * bits
+    first_byte = first_bit // 8
+    padded = np.concatenate([packed, np.zeros((*packed.shape[:-1], 5), np.uint8)], axis=-1)
+    window = np.zeros((*packed.shape[:-1], count), np.uint64)
+    for step in range(5):
+        window |= padded[..., first_byte + step].astype(np.uint64) << np.uint64(8 * (4 - step))
+    shift = (40 - bits - first_bit % 8).astype(np.uint64)
+    return ((window >> shift) & np.uint64(2**bits - 1)).astype(spec.dtype)
+
+
+def _bits(spec: FieldSpec) -> int:
+    bits = spec.parameters.get("bits")
+    if type(bits) is not int or not 1 <= bits <= 32:
+        raise ConfigError(f"field {spec.name}: bitpack takes bits from 1 to 32; got {bits!r}")
+    return bits
+
+
+CODECS: dict[str, Codec] = {
+    "dense": Codec(dense_parts, dense_encode, dense_decode),
+    "int8": Codec(int8_parts, int8_encode, int8_decode),
+    "bitpack": Codec(bitpack_parts, bitpack_encode, bitpack_decode),
+}
+WHOLE_COLUMN = ("bytes", "arrow")  # codecs that Arrow itself holds: not numbers, so nothing to encode
+
+
+def codec_of(spec: FieldSpec) -> Codec:
+    if spec.codec not in CODECS:
+        known = ", ".join([*CODECS, *WHOLE_COLUMN])
+        raise ConfigError(f"field {spec.name}: codec is one of {known}; got {spec.codec!r}")
+    return CODECS[spec.codec]
+
+
+def parts_of(spec: FieldSpec) -> tuple[Part, ...]:
+    return codec_of(spec).parts(spec)
+
+
+def bytes_per_row(fields: Sequence[FieldSpec], lengths: Mapping[str, float]) -> float:
+    """Bytes of one row with these lengths ({"S": 27.5}), starts included; whole-column codecs count as zero."""
+    total = 8 + 4 + 16.0  # source_index, view, content_hash
+    for spec in fields:
+        for part in parts_of(spec) if spec.codec not in WHOLE_COLUMN else ():
+            total += part.entry_bytes * _entries(part, lengths) + (8 if symbols(part.shape) else 0)
+    return total
+
+
+def _entries(part: Part, lengths: Mapping[str, float]) -> float:
+    if not symbols(part.shape):
+        return 1
+    sizes = part.shape[:1] if is_list(part.shape) else part.shape
+    return math.prod(lengths.get(size, 0) if isinstance(size, str) else size for size in sizes)
+
+
+def check_values(values: np.ndarray, spec: FieldSpec, row_of: Callable[[int], Any]) -> None:
+    """Raises DataError where the field cannot hold `values` [N, ...]: NaN, infinity or overflow, naming the row.
+
+    row_of(n) tells which source row entry n belongs to. Labels and summaries may hold NaN: it means "missing".
+    """
+    if values.dtype.kind != "f" or spec.role not in ("teacher", "input"):
+        return
+    limit = LIMITS.get(spec.dtype, math.inf) if spec.codec == "dense" else LIMITS["float32"]
+    peak = np.abs(values).max(initial=0)
+    if peak <= limit:  # False for NaN too
+        return
+    bad = ~(np.abs(values.reshape(len(values), -1)) <= limit).all(axis=1)
+    row, worst = row_of(int(bad.argmax())), values.reshape(len(values), -1)[bad.argmax()]
+    worst = worst[~(np.abs(worst) <= limit)][0]
+    if not np.isfinite(worst):
+        raise DataError(f"field {spec.name}: the teacher gave {worst} at source row {row}: look at that row, "
+                        "and at the teacher's own dtype (float16 teachers overflow; bfloat16 or float32 ones do not)")
+    holds = "float32" if spec.dtype == "bfloat16" or abs(worst) > LIMITS["bfloat16"] else "bfloat16 or float32"
+    raise DataError(f"field {spec.name}: {worst:.6g} at source row {row} is more than {spec.dtype} holds "
+                    f"({limit:.6g}): dump with --dtype {holds}")
+
+
+assert set(STORED_AS) < set(ARROW_TYPES)

@@ -1,0 +1,173 @@
+"""plan.json and store.json: what a dump set out to do, and what it did.
+
+`plan.json` is written first and never changed; its hash, the fingerprint, stands in every shard. `store.json` is
+written last: a folder without it is unfinished. It lists every shard's sha256, bytes and rows and carries the hash
+of its own content.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import StoreCorrupt, StoreError, StoreIncomplete
+from .identity import digest
+from .schema import FORMAT_VERSION, FieldSpec, check_version
+from .shard import ShardPlan, fsync_folder
+
+PLAN, MANIFEST, SHARDS = "plan.json", "store.json", "shards"
+INDEX, SAMPLES, CARD, LOCK = "index.duckdb", "samples.parquet", "README.md", ".lock"
+_LARGEST_JSON = 1 << 30  # bytes; a manifest of a million shards is 300 MB
+_SAFE = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-.")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a dump set out to do.
+
+    settings: everything chosen that changes content; identity: teacher, tokenizer, dataset, versions, hashed.
+    """
+
+    task: str
+    settings: dict[str, Any]
+    identity: dict[str, Any]
+    fields: list[FieldSpec]
+    shards: list[ShardPlan]
+    label_names: list[str] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "task": self.task,
+            "settings": self.settings,
+            "identity": self.identity,
+            "fields": [spec.to_json() for spec in self.fields],
+            "label_names": self.label_names,
+            "shards": [shard.to_json() for shard in self.shards],
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(json.loads(json.dumps(self.to_json())))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], where: str) -> Plan:
+        check_version(data.get("format_version"), where)
+        try:
+            shards = [ShardPlan(**shard) for shard in data["shards"]]
+            fields = [FieldSpec.from_json(spec) for spec in data["fields"]]
+            plan = cls(data["task"], dict(data["settings"]), dict(data["identity"]), fields, shards, data["label_names"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreCorrupt(f"{where} is not a plan ({type(error).__name__}: {error})") from error
+        for shard in shards:
+            check_name(shard.name, where)
+        return plan
+
+
+def check_name(name: Any, where: str) -> str:
+    """A split's or shard's name must be a plain file name: a stranger's manifest may not lead out of its folder."""
+    if not (isinstance(name, str) and name and set(name) <= _SAFE and not name.startswith(".")):
+        raise StoreCorrupt(f"{where}: {name!r} is not a plain file name")
+    return name
+
+
+def shard_path(folder: Path, name: str) -> Path:
+    return folder / SHARDS / f"{name}.arrow"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises StoreCorrupt where the file is not one JSON object."""
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise StoreCorrupt(f"{path}: {path.stat().st_size} bytes is no manifest")
+        data = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise StoreCorrupt(f"{path} is not JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise StoreCorrupt(f"{path}: one JSON object expected; got {type(data).__name__}")
+    return data
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Whole or not at all: temporary name, fsync, rename, fsync of the folder."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(data, file, indent=1, sort_keys=True, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    fsync_folder(path.parent)
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest with the hash of its own content."""
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    return {**body, "sha256": digest(body)}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """store.json, checked. Raises StoreIncomplete, StoreCorrupt, FormatVersionError."""
+    path = folder / MANIFEST
+    if not path.exists():
+        raise _unfinished(folder)
+    manifest = read_json(path)
+    check_version(manifest.get("format_version"), str(path))
+    if sealed(manifest)["sha256"] != manifest.get("sha256"):
+        raise StoreCorrupt(f"{path} was changed after the dump wrote it: its sha256 is not that of its content")
+    plan_of(manifest, str(path))
+    return manifest
+
+
+def plan_of(manifest: Mapping[str, Any], where: str) -> Plan:
+    """The plan a manifest was made from; its shard entries are checked too."""
+    plan = Plan.from_json(manifest.get("plan") or {}, where)
+    try:
+        entries = manifest["shards"]
+        names = [check_name(entry["name"], where) for entry in entries]
+        sound = all(type(entry[key]) is int and 0 <= entry[key] < 2**62 for entry in entries for key in ("rows", "bytes", "tokens"))
+    except (KeyError, TypeError) as error:
+        raise StoreCorrupt(f"{where}: its list of shards cannot be read ({error!r})") from error
+    if not sound or names != [shard.name for shard in plan.shards] or len(set(names)) != len(names):
+        raise StoreCorrupt(f"{where}: its list of shards is not the plan's")
+    return plan
+
+
+def committed(folder: Path, plan: Plan) -> dict[str, dict[str, Any]]:
+    """Sidecars of the shards that are there: name -> {"sha256", "bytes", "rows", "tokens"}.
+
+    A shard counts when its sidecar belongs to this plan and the file has the bytes that the sidecar says.
+    """
+    found = {}
+    for shard in plan.shards:
+        path = shard_path(folder, shard.name)
+        sidecar = path.with_suffix(".json")
+        try:
+            entry = read_json(sidecar)
+            sound = entry["fingerprint"] == plan.fingerprint and path.stat().st_size == entry["bytes"]
+        except (FileNotFoundError, StoreCorrupt, KeyError):
+            continue
+        if sound:
+            found[shard.name] = {key: entry[key] for key in ("sha256", "bytes", "rows", "tokens")}
+    return found
+
+
+def read_plan(folder: Path) -> Plan:
+    """plan.json of a folder. Raises StoreError where it is not a store at all."""
+    if not (folder / PLAN).exists():
+        raise StoreError(f"{folder} is not a store: a folder with {PLAN} and {MANIFEST} expected"
+                         + ("" if folder.exists() else "; it does not exist"))  # fmt: skip
+    return Plan.from_json(read_json(folder / PLAN), str(folder / PLAN))
+
+
+def _unfinished(folder: Path) -> StoreError:
+    plan = read_plan(folder)
+    done = len(committed(folder, plan))
+    return StoreIncomplete(
+        f"{folder} is unfinished: {done} of {len(plan.shards)} shards are there; run the same dump again to go on, "
+        "or read what is there with allow_partial=True"
+    )

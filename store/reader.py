@@ -1,0 +1,285 @@
+"""TeacherStore: open a store, select rows, read them back.
+
+    store = TeacherStore.open("stores/sst2")
+    rows = store.select(split="train", where="teacher_confidence < 0.9", fields=["teacher_logits"])
+    rows[[4, 1, 9]]                        # arrays that the caller owns
+    for batch in rows.batches([[0, 1], [2, 3]]): ...   # arrays that are reused, one thread ahead
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+import numpy as np
+
+from . import manifest, schema
+from .codecs import WHOLE_COLUMN
+from .errors import ConfigError
+from .gather import Allocate, Gather, Slot, allocate
+from .index import Index, fill
+from .prefetch import Prefetcher
+from .schema import FieldSpec
+from .shard import MappedShard
+
+if TYPE_CHECKING:
+    import datasets
+
+ALWAYS = (schema.INPUT_IDS, "token_type_ids", schema.LABELS)  # read whatever `fields` asks for
+Indices = int | slice | Sequence[int] | np.ndarray
+
+
+class TeacherStore:
+    """A store, opened for reading. Nothing is mapped before the first row that needs it.
+
+    Raises StoreError, StoreIncomplete (unless allow_partial), StoreCorrupt, FormatVersionError.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], made: Mapping[str, Any], partial: bool):
+        self.path, self.manifest, self._partial = Path(path), dict(made), partial
+        plan = manifest.plan_of(made, str(self.path))
+        self.task, self.settings, self.identity, self.label_names = plan.task, plan.settings, plan.identity, plan.label_names
+        self.fields: dict[str, FieldSpec] = {spec.name: spec for spec in plan.fields}
+        self.fingerprint: str = made["fingerprint"]
+        self.shards = plan.shards
+        self.first_row = np.zeros(len(plan.shards) + 1, np.int64)
+        np.cumsum([entry["rows"] for entry in made["shards"]], out=self.first_row[1:])
+        self._mapped: dict[int, MappedShard] = {}
+        self._index = Index(self.path)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], allow_partial: bool = False) -> TeacherStore:
+        """allow_partial: of an unfinished store, read the shards that are committed."""
+        folder = Path(path)
+        if allow_partial and not (folder / manifest.MANIFEST).exists():
+            return cls(folder, _partial_manifest(folder), True)
+        return cls(folder, manifest.read_manifest(folder), False)
+
+    @property
+    def splits(self) -> dict[str, dict[str, int]]:
+        """{"train": {"samples", "shards", "tokens"}}, in plan order."""
+        found: dict[str, dict[str, int]] = {}
+        for shard, entry in zip(self.shards, self.manifest["shards"], strict=True):
+            split = found.setdefault(shard.split, {"samples": 0, "shards": 0, "tokens": 0})
+            split["samples"] += entry["rows"]
+            split["shards"] += 1
+            split["tokens"] += entry["tokens"]
+        return found
+
+    @property
+    def tokenizer_dir(self) -> Path | None:
+        folder = self.path / "tokenizer"
+        return folder if folder.is_dir() else None
+
+    def select(
+        self, split: str | None = None, where: str | None = None, fields: Sequence[str] | None = None
+    ) -> TeacherRows:
+        """Rows of one split (None: all), kept by a SQL expression over `samples`, with some fields (None: all).
+
+        Inputs and labels always come along. Raises ConfigError for a split, field or expression that is not there.
+        """
+        if split is not None and split not in self.splits:
+            raise ConfigError(f"{self.path}: split {split!r} is not there; it has {', '.join(self.splits)}")
+        for name in fields or ():
+            if name not in self.fields:
+                raise ConfigError(f"{self.path}: field {name!r} is not stored; it has {', '.join(self.fields)}")
+        names = list(self.fields) if fields is None else [*ALWAYS, *fields, *_companions(self.fields, fields)]
+        chosen = [spec for name, spec in self.fields.items() if name in names]
+        return TeacherRows(self, self._sample_ids(split, where), chosen, split)
+
+    def sql(self, query: str) -> duckdb.DuckDBPyRelation:
+        """A relation over the tables `samples` and `shards`: read-only, no external access, configuration locked."""
+        return self._index.sql(query)
+
+    def to_dataset(self, split: str | None = None) -> datasets.Dataset:
+        """A `datasets.Dataset` around the mapped shards; worker processes reopen the store."""
+        from .hf import to_dataset
+
+        return to_dataset(self, split)
+
+    def mapped(self, shard: int) -> MappedShard:
+        """Shard number `shard` of the manifest, mapped at first use."""
+        if shard not in self._mapped:
+            self._mapped[shard] = MappedShard(self.shard_path(shard))
+        return self._mapped[shard]
+
+    def shard_path(self, shard: int) -> Path:
+        return manifest.shard_path(self.path, self.shards[shard].name)
+
+    def close(self) -> None:
+        self._index.close()
+        self._mapped.clear()
+
+    def __enter__(self) -> TeacherStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TeacherStore.open, (self.path, self._partial)
+
+    def _sample_ids(self, split: str | None, where: str | None) -> np.ndarray | range:
+        """A range where rows are contiguous, so that a whole split of 10 million rows costs no memory."""
+        if where is not None:
+            if self._partial:
+                self._index = _MemoryIndex(self.path, self.manifest)
+            clause = f"({where}\n)" + (f" AND split = '{split}'" if split is not None else "")
+            return self._index.sample_ids(clause)
+        numbers = [at for at, shard in enumerate(self.shards) if split in (None, shard.split)]
+        if numbers and numbers == list(range(numbers[0], numbers[-1] + 1)):
+            return range(int(self.first_row[numbers[0]]), int(self.first_row[numbers[-1] + 1]))
+        pieces = [np.arange(self.first_row[at], self.first_row[at + 1]) for at in numbers]
+        return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
+
+
+class TeacherRows:
+    """Some rows of a store, in source order, with some of its fields. Safe to pickle and to fork."""
+
+    def __init__(self, store: TeacherStore, ids: np.ndarray | range, fields: Sequence[FieldSpec], split: str | None):
+        self.store, self._ids, self.specs, self.split = store, ids, list(fields), split
+        self._gather = Gather(self.specs, store.first_row, store.mapped)
+
+    @property
+    def fields(self) -> dict[str, FieldSpec]:
+        return {spec.name: spec for spec in self.specs}
+
+    @property
+    def sample_ids(self) -> np.ndarray:
+        """int64 [N]: positions in the whole store, the `sample_id` of the index."""
+        return np.arange(self._ids.start, self._ids.stop) if isinstance(self._ids, range) else self._ids
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 [N]: tokens of each row. Raises ConfigError where the store has no tokens."""
+        if schema.INPUT_IDS not in self.fields:
+            raise ConfigError(f"{self.store.path}: rows of task {self.store.task} have no tokens")
+        spec = self.fields[schema.INPUT_IDS]
+        found = np.empty(len(self), np.int64)
+        for shard, places, local in self._by_shard():
+            starts = self._gather.extent(shard, spec.name, self._gather.parts[spec.name][0]).starts
+            assert starts is not None
+            found[places] = np.diff(starts)[local]
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the selected columns, about: a shard's columns times the part of its rows that is selected."""
+        total = 0.0
+        for shard, _, local in self._by_shard():
+            mapped = self.store.mapped(shard)
+            held = sum(mapped.column(spec.name).nbytes for spec in self.specs)
+            total += held * len(local) / max(mapped.rows, 1)
+        return int(total)
+
+    def column(self, name: str) -> Any:
+        """All values of a sample-level column, [N, *shape], decoded; a list for carried columns."""
+        if name not in self.store.fields:
+            raise ConfigError(f"{self.store.path}: field {name!r} is not stored; it has {', '.join(self.store.fields)}")
+        spec = self.store.fields[name]
+        if schema.symbols(spec.shape):
+            raise ConfigError(f"field {name} differs in length from row to row; read it in batches")
+        gather = Gather([spec], self.store.first_row, self.store.mapped)
+        return gather.batch(self.sample_ids, Slot())[name]
+
+    def batches(
+        self, indices: Iterable[Sequence[int] | np.ndarray], buffers: int = 2, allocate: Allocate = allocate
+    ) -> Iterator[dict[str, Any]]:
+        """Padded batches in reused memory, gathered one thread ahead: the fast path.
+
+        indices: an iterable of index lists into these rows. A batch is valid until `buffers` - 1 more were taken.
+        allocate: bytes -> uint8 array, for memory of another kind (pinned).
+        """
+        if buffers < 1:
+            raise ConfigError(f"buffers is at least 1; got {buffers}")
+        paths = [str(self.store.shard_path(at)) for at in range(len(self.store.shards))]
+        ids = (self._resolve(one) for one in indices)
+        return iter(Prefetcher(self._gather, paths, ids, self._row_bytes, buffers, allocate))
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, key: Indices) -> dict[str, Any]:
+        """Padded arrays that the caller owns; one index gives one row without padding."""
+        if isinstance(key, (int, np.integer)):
+            one = self._gather.batch(self._resolve([operator.index(key)]), Slot())
+            return {name: values[0] for name, values in one.items()}
+        if isinstance(key, slice):
+            key = range(*key.indices(len(self)))
+        return self._gather.batch(self._resolve(key), Slot())
+
+    def __getitems__(self, keys: Sequence[int]) -> dict[str, Any]:
+        """What a torch DataLoader calls for a batch: one gather, not one a row."""
+        return self[list(keys)]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.store, self._ids, [spec.name for spec in self.specs], self.split)
+
+    def _resolve(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """int64 sample_ids of indices into these rows; negative ones count from the end."""
+        at = np.asarray(indices)
+        if at.dtype == np.bool_ and at.shape == (len(self),):
+            at = np.flatnonzero(at)
+        if not at.size:
+            return np.zeros(0, np.int64)
+        if at.dtype.kind not in "iu" or at.ndim != 1:
+            raise ConfigError(f"rows are chosen by a list of integers; got {at.dtype} of shape {at.shape}")
+        low, high, count = int(at.min()), int(at.max()), len(self)
+        if low < -count or high >= count:
+            raise IndexError(f"row {high if high >= count else low} is not among the {count} selected")
+        at = at.astype(np.int64, copy=False) if low >= 0 else np.where(at < 0, at + count, at).astype(np.int64)
+        return at + self._ids.start if isinstance(self._ids, range) else self._ids[at]
+
+    @functools.cached_property
+    def _row_bytes(self) -> float:
+        """Bytes of a row of the first shard, about: what a chunk of batches is measured in."""
+        for shard, _, _ in self._by_shard():
+            mapped = self.store.mapped(shard)
+            names = [spec.name for spec in self.specs if spec.codec not in WHOLE_COLUMN]
+            return sum(mapped.column(name).nbytes for name in names) / max(mapped.rows, 1)
+        return 1.0
+
+    def _by_shard(self) -> Iterator[tuple[int, slice, np.ndarray]]:
+        """(shard, places among these rows, rows in the shard), for all of them."""
+        first = self.store.first_row
+        ends = [(first[at + 1] - self._ids.start) if isinstance(self._ids, range) else np.searchsorted(self._ids, first[at + 1])
+                for at in range(len(first) - 1)]  # fmt: skip
+        begin = 0
+        for shard, end in enumerate(ends):
+            end = int(min(max(end, begin), len(self)))
+            if end > begin:
+                ids = np.arange(begin, end) + self._ids.start if isinstance(self._ids, range) else self._ids[begin:end]
+                yield shard, slice(begin, end), ids - first[shard]
+            begin = end
+
+
+class _MemoryIndex(Index):
+    """The index of an unfinished store, made in memory from what is committed."""
+
+    def __init__(self, folder: Path, made: Mapping[str, Any]):
+        super().__init__(folder)
+        self._connection = duckdb.connect(":memory:")
+        fill(self._connection, folder, made)
+
+
+def _reopen(store: TeacherStore, ids: np.ndarray | range, names: list[str], split: str | None) -> TeacherRows:
+    return TeacherRows(store, ids, [store.fields[name] for name in names], split)
+
+
+def _companions(fields: Mapping[str, FieldSpec], chosen: Sequence[str]) -> list[str]:
+    """Columns that others cannot be read without."""
+    return [schema.POSITIONS] if any(fields[name].shape[:1] == ("P",) for name in chosen) else []
+
+
+def _partial_manifest(folder: Path) -> dict[str, Any]:
+    plan = manifest.read_plan(folder)
+    done = manifest.committed(folder, plan)
+    kept = [shard for shard in plan.shards if shard.name in done]
+    partial = manifest.Plan(plan.task, plan.settings, plan.identity, plan.fields, kept, plan.label_names)
+    return {"format_version": schema.FORMAT_VERSION, "plan": partial.to_json(), "fingerprint": plan.fingerprint,
+            "shards": [{"name": shard.name, **done[shard.name]} for shard in kept]}  # fmt: skip

@@ -1,0 +1,166 @@
+"""What a column is: its name, the shape of a row, its dtype and its codec; and the Arrow type that holds it.
+
+Shapes are those of one row. A number is a fixed size; a symbol is a size that differs from row to row:
+
+    "S"   tokens: as many as the row has `input_ids`
+    "P"   stored positions: as many as the row has entries in its positions column
+    "*"   a length of the field's own
+
+    ()           a scalar a row                 float32
+    (C,)         sample-level, C values          fixed_size_list<float16>[C]
+    (C, H, W)    a feature map                   fixed_size_list<float16>[C*H*W], row-major
+    ("S",)       one value a token               large_list<int32>
+    ("S", D)     D values a token                large_list<fixed_size_list<float16>[D]>
+    (H, "S", "S") anything else                  large_list<float16>, row-major
+
+A field is stored in one or more *parts* (codecs.py says which). A field of one part is that array; a field of
+several parts is an Arrow struct of them. Entry s of a token-level field is the teacher's output at input
+position s, unshifted, as transformers gives it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from .errors import ConfigError, FormatVersionError, StoreCorrupt
+
+FORMAT_VERSION = 1
+MISSING_LABEL = -100  # what transformers' losses ignore
+
+INPUT_IDS = "input_ids"
+ATTENTION_MASK = "attention_mask"  # never stored: rows are unpadded, so readers make it from lengths
+LABELS = "labels"
+LOGITS = "teacher_logits"
+TOP_K_LOGITS = "teacher_top_k_logits"
+TOP_K_INDICES = "teacher_top_k_indices"
+LOGSUMEXP = "teacher_logsumexp"
+POSITIONS = "teacher_positions"  # input positions of fields with shape ("P", ...)
+
+SOURCE_INDEX = "source_index"
+VIEW = "view"
+CONTENT_HASH = "content_hash"
+ADDRESS_COLUMNS = {  # written into every shard, before the fields
+    SOURCE_INDEX: pa.int64(),
+    VIEW: pa.int32(),
+    CONTENT_HASH: pa.binary(16),
+}
+
+SYMBOLS = ("S", "P", "*")
+ROLES = ("input", "label", "teacher", "summary", "carried")
+_LAYERED = ("hidden_states", "attentions", "attention_scores", "queries", "keys", "values")
+
+# dtype of a field -> Arrow type that stores it (bfloat16 as its 16 bits, bool as a byte)
+ARROW_TYPES: dict[str, pa.DataType] = {
+    "float64": pa.float64(), "float32": pa.float32(), "float16": pa.float16(), "bfloat16": pa.uint16(),
+    "int64": pa.int64(), "int32": pa.int32(), "int16": pa.int16(), "int8": pa.int8(), "uint8": pa.uint8(),
+    "uint16": pa.uint16(), "uint32": pa.uint32(), "bool": pa.uint8(),
+}  # fmt: skip
+
+
+def layer_column(kind: str, layer: int) -> str:
+    """Column name of one layer: `layer_column("hidden_states", 6)` is `teacher_hidden_states_06`."""
+    if kind not in _LAYERED:
+        raise ConfigError(f"a field with layers is one of {', '.join(_LAYERED)}; got {kind!r}")
+    return f"teacher_{kind}_{layer:02d}"
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """One column of a store.
+
+    name: column name, the same from the Arrow schema to the loss.
+    shape: shape of one row (see the head of this file).
+    dtype: what a reader gets back, except bfloat16 and int8-coded fields, which read back as float32.
+    codec: "dense", "int8", "bitpack", "bytes" (encoded files, one a row) or "arrow" (carried as it came).
+    role: "input", "label", "teacher", "summary" (copied into the index) or "carried".
+    pad: what a padded batch holds past a row's own length.
+    parameters: of the codec: {"bits": 17} for bitpack.
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    codec: str = "dense"
+    role: str = "teacher"
+    pad: float = 0
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+        if self.role not in ROLES:
+            raise ConfigError(f"field {self.name}: role is one of {', '.join(ROLES)}; got {self.role!r}")
+        for size in self.shape:
+            if not (size in SYMBOLS or (type(size) is int and 0 < size < 2**31)):
+                raise ConfigError(f"field {self.name}: a size is a positive int or one of S, P, *; got {size!r}")
+        if self.codec != "arrow" and self.codec != "bytes" and self.dtype not in ARROW_TYPES:
+            raise ConfigError(f"field {self.name}: dtype is one of {', '.join(ARROW_TYPES)}; got {self.dtype!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "shape": list(self.shape), "parameters": dict(self.parameters)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> FieldSpec:
+        try:
+            return cls(**{**data, "shape": tuple(data["shape"])})
+        except (TypeError, KeyError, ConfigError) as error:
+            raise StoreCorrupt(f"field description {str(data)[:200]} cannot be read: {error}") from error
+
+
+def symbols(shape: Sequence[int | str]) -> list[str]:
+    return [size for size in shape if isinstance(size, str)]
+
+
+def is_list(shape: Sequence[int | str]) -> bool:
+    """A leading symbol over fixed sizes: stored as a list of entries."""
+    return len(shape) > 0 and isinstance(shape[0], str) and not symbols(shape[1:])
+
+
+def entry_width(shape: Sequence[int | str]) -> int:
+    """Stored values an entry: C*H*W for a fixed row, D for ("S", D), 1 for (H, "S", "S")."""
+    sizes = shape[1:] if is_list(shape) else shape
+    return math.prod(sizes) if not symbols(sizes) else 1  # type: ignore[arg-type]
+
+
+def entries_per_row(shape: Sequence[int | str], lengths: Mapping[str, Any]) -> Any:
+    """Entries of each row: 1 for a fixed row, S for ("S", D), H*S*S for (H, "S", "S"); lengths may be arrays."""
+    if is_list(shape):
+        return lengths[str(shape[0])]
+    if not symbols(shape):
+        return 1
+    return math.prod(lengths[size] if isinstance(size, str) else size for size in shape)
+
+
+def array_type(shape: Sequence[int | str], dtype: str) -> pa.DataType:
+    """The Arrow type of one part."""
+    value, width = ARROW_TYPES[dtype], entry_width(shape)
+    scalar_entry = is_list(shape) and len(shape) == 1 or not shape or bool(symbols(shape) and not is_list(shape))
+    entry = value if scalar_entry else pa.list_(pa.field("item", value, nullable=False), width)
+    if not symbols(shape):
+        return entry
+    return pa.large_list(pa.field("item", entry, nullable=False))
+
+
+def metadata(fields: Sequence[FieldSpec], shard: Mapping[str, Any], fingerprint: str) -> dict[str, str]:
+    """What every shard says of itself. No time, host, path or rank: equal rows give equal bytes."""
+    return {
+        "predistill.format_version": str(FORMAT_VERSION),
+        "predistill.fields": json.dumps([spec.to_json() for spec in fields], sort_keys=True),
+        "predistill.shard": json.dumps(shard, sort_keys=True),
+        "predistill.fingerprint": fingerprint,
+    }
+
+
+def check_version(version: Any, where: str) -> None:
+    """Raises FormatVersionError for a store from the future, StoreCorrupt for no version at all."""
+    if type(version) is not int or version < 1:
+        raise StoreCorrupt(f"{where}: format_version is a positive int; got {version!r}")
+    if version > FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{where} was made by a newer predistill (format {version}); this one reads {FORMAT_VERSION}: upgrade it"
+        )

@@ -1,0 +1,199 @@
+"""Is every byte what the dump wrote? And what is in a store, said in one dictionary."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from . import index, manifest
+from .codecs import WHOLE_COLUMN, parts_of
+from .errors import PredistillError, StoreCorrupt, StoreError
+from .identity import file_sha256
+from .manifest import Plan, shard_path
+from .reader import TeacherStore
+from .schema import INPUT_IDS, is_list
+from .shard import MappedShard
+
+KNOWN = {manifest.PLAN, manifest.MANIFEST, manifest.SHARDS, manifest.INDEX, manifest.SAMPLES, manifest.CARD, manifest.LOCK,
+         "tokenizer", "processor", ".gitattributes", ".cache", ".git"}  # fmt: skip
+
+Problem = dict[str, str]
+
+
+def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Check a store: manifest, plan, every shard's bytes and structure, index and samples against the shards.
+
+    Returns {"ok", "shards", "samples", "bytes", "problems": [{"path", "kind", "detail"}]}; each detail names what to
+    do. Raises StoreError only where the folder is not a finished store at all.
+    """
+    folder = Path(path)
+    found: dict[str, Any] = {"ok": False, "shards": 0, "samples": 0, "bytes": 0, "problems": []}
+    try:
+        made = manifest.read_manifest(folder)
+    except StoreCorrupt as error:
+        found["problems"].append(_problem(folder / manifest.MANIFEST, folder, "manifest", str(error)))
+        return found
+    plan = manifest.plan_of(made, str(folder))
+    problems = [*_plan_problems(folder, plan, made)]
+    bad_shards = 0
+    for shard, entry in zip(plan.shards, made["shards"], strict=True):
+        mine = [*_shard_problems(folder, plan, shard.name, entry)]
+        problems += mine
+        bad_shards += bool(mine)
+        found["shards"] += 1
+        found["samples"] += entry["rows"]
+        found["bytes"] += entry["bytes"]
+    problems += _extra_problems(folder, plan)
+    if not bad_shards:  # an index can only be held against sound shards
+        problems += _index_problems(folder, made)
+    return {**found, "ok": not problems, "problems": problems}
+
+
+def _plan_problems(folder: Path, plan: Plan, made: Mapping[str, Any]) -> Iterator[Problem]:
+    path = folder / manifest.PLAN
+    if made["fingerprint"] != plan.fingerprint:
+        yield _problem(folder / manifest.MANIFEST, folder, "manifest", "its fingerprint is not that of its plan")
+    try:
+        if manifest.read_plan(folder).fingerprint != plan.fingerprint:
+            yield _problem(path, folder, "plan", f"is not the plan that {manifest.MANIFEST} was made from")
+    except StoreError as error:
+        kind = "plan" if path.exists() else "missing"
+        yield _problem(path, folder, kind, f"{error}; {manifest.MANIFEST} holds a copy under \"plan\"")
+
+
+def _shard_problems(folder: Path, plan: Plan, name: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
+    path = shard_path(folder, name)
+    remake = f"delete {path.name} and {path.stem}.json in {path.parent}, then run the same dump again: only this shard is made anew"
+    if not path.is_file():
+        yield _problem(path, folder, "missing", f"is not there; {remake}")
+        return
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        yield _problem(path, folder, "size", f"{entry['bytes']} bytes expected, {size} found; {remake}")
+        return
+    if file_sha256(path) != entry["sha256"]:
+        yield _problem(path, folder, "checksum", f"its sha256 is not {entry['sha256'][:12]}…; {remake}")
+        return
+    try:
+        _check_structure(path, plan, name, entry)
+    except PredistillError as error:
+        yield _problem(path, folder, "structure", f"{error}; {remake}")
+    sidecar = path.with_suffix(".json")
+    try:
+        said = manifest.read_json(sidecar)
+    except (FileNotFoundError, StoreCorrupt) as error:
+        yield _problem(sidecar, folder, "missing" if not sidecar.exists() else "sidecar", f"{error}; {remake}")
+        return
+    if {**entry, "fingerprint": plan.fingerprint} != {**said, "name": name}:
+        yield _problem(sidecar, folder, "sidecar", f"does not agree with {manifest.MANIFEST}; {remake}")
+
+
+def _check_structure(path: Path, plan: Plan, name: str, entry: Mapping[str, Any]) -> None:
+    """The shard's own description, every buffer and every offset. Raises StoreCorrupt."""
+    mapped = MappedShard(path)
+    try:
+        mapped.batch.validate(full=True)
+    except Exception as error:  # pyarrow raises several kinds
+        raise StoreCorrupt(f"{path}: {str(error).splitlines()[0]}") from error
+    shard = next(shard for shard in plan.shards if shard.name == name)
+    if mapped.fingerprint != plan.fingerprint or mapped.place != {**shard.to_json(), "rows": mapped.rows}:
+        raise StoreCorrupt(f"{path} is another shard, or another store's: it says it is {mapped.place}")
+    if mapped.rows != entry["rows"] or mapped.fields != plan.fields:
+        raise StoreCorrupt(f"{path} does not hold the rows or fields of the plan")
+    lengths: dict[Any, Any] = {}
+    for spec in plan.fields:
+        for part in parts_of(spec) if spec.codec not in WHOLE_COLUMN else ():
+            _, starts = mapped.part(spec, part)
+            if starts is not None and is_list(part.shape) and part.shape[0] != "*":
+                leader = lengths.setdefault(part.shape[0], starts)
+                if (leader != starts).any():
+                    raise StoreCorrupt(f"{path}: column {spec.name} has other lengths than its row's {INPUT_IDS}")
+
+
+def _extra_problems(folder: Path, plan: Plan) -> Iterator[Problem]:
+    expected = {f"{shard.name}{suffix}" for shard in plan.shards for suffix in (".arrow", ".json")}
+    present = {entry.name for entry in (folder / manifest.SHARDS).iterdir()} if (folder / manifest.SHARDS).is_dir() else set()
+    for name in sorted(present - expected):
+        yield _problem(folder / manifest.SHARDS / name, folder, "extra", "is not in the plan; delete it if it is not yours")
+    for name in sorted({entry.name for entry in folder.iterdir()} - KNOWN):
+        yield _problem(folder / name, folder, "extra", "is not part of a store; delete it if it is not yours")
+
+
+def _index_problems(folder: Path, made: Mapping[str, Any]) -> Iterator[Problem]:
+    """Both tables of index.duckdb and samples.parquet against the shards."""
+    remake = f"make it anew with: predistill index {folder} --rebuild"
+    with duckdb.connect(":memory:") as fresh:
+        index.fill(fresh, folder, made)
+        expected = index.contents(fresh)
+        path = folder / manifest.INDEX
+        try:
+            with index.Index(folder) as stored:
+                if index.contents(stored.connection) != expected:
+                    yield _problem(path, folder, "index", f"does not agree with the shards; {remake}")
+        except (StoreCorrupt, duckdb.Error) as error:
+            yield _problem(path, folder, "index" if path.exists() else "missing", f"{str(error).splitlines()[0]}; {remake}")
+        path = folder / manifest.SAMPLES
+        try:
+            fresh.execute("CREATE TABLE stored AS SELECT * FROM read_parquet(?)", [str(path)])
+            if index.content(fresh, "stored", "sample_id") != index.content(fresh, "samples", "sample_id"):
+                yield _problem(path, folder, "index", f"does not agree with the shards; {remake}")
+        except duckdb.Error as error:
+            yield _problem(path, folder, "index" if path.exists() else "missing", f"{str(error).splitlines()[0]}; {remake}")
+
+
+def _problem(path: Path, folder: Path, kind: str, detail: str) -> Problem:
+    return {"path": str(path.relative_to(folder)), "kind": kind, "detail": detail}
+
+
+def rebuild_index(path: str | os.PathLike[str]) -> dict[str, int]:
+    """index.duckdb and samples.parquet anew from the shards. Returns {"samples", "shards"}."""
+    folder = Path(path)
+    made = manifest.read_manifest(folder)
+    with open(folder / manifest.LOCK, "ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StoreError(f"{folder} is being written by a dump; wait for it, or stop it") from error
+        index.build(folder, made)
+    return {"samples": sum(entry["rows"] for entry in made["shards"]), "shards": len(made["shards"])}
+
+
+def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `predistill info` says: keys as in the README. An unfinished store is described by what is committed."""
+    folder = Path(path)
+    complete = (folder / manifest.MANIFEST).exists()
+    with TeacherStore.open(folder, allow_partial=True) as store:
+        rows = sum(split["samples"] for split in store.splits.values())
+        return {
+            "path": str(folder),
+            "format_version": store.manifest["format_version"],
+            "task": store.task,
+            "complete": complete,
+            "bytes": sum(entry["bytes"] for entry in store.manifest["shards"]),
+            "samples": rows,
+            "splits": store.splits,
+            "fields": _field_sizes(store),
+            "label_names": store.label_names,
+            "teacher": store.identity.get("teacher"),
+            "tokenizer": store.identity.get("tokenizer"),
+            "dataset": store.identity.get("dataset"),
+            "versions": store.identity.get("versions"),
+            "settings": store.settings,
+            "fingerprint": store.fingerprint,
+        }
+
+
+def _field_sizes(store: TeacherStore) -> dict[str, dict[str, Any]]:
+    """Bytes from each shard's own buffers: shards are mapped, no values are read."""
+    sizes = dict.fromkeys(store.fields, 0)
+    for at in range(len(store.shards)):
+        mapped = store.mapped(at)
+        for name in sizes:
+            sizes[name] += mapped.column(name).nbytes
+    return {name: {"codec": spec.codec, "dtype": spec.dtype, "shape": list(spec.shape), "role": spec.role, "bytes": sizes[name]}
+            for name, spec in store.fields.items()}  # fmt: skip
