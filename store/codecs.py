@@ -96,11 +96,14 @@ def int8_parts(spec: FieldSpec) -> tuple[Part, ...]:
 def int8_encode(values: np.ndarray, spec: FieldSpec) -> tuple[np.ndarray, ...]:
     """Nearest of 255 levels symmetric about zero: |error| <= scale/2 = max|block| / 254."""
     values = np.ascontiguousarray(values, dtype=np.float32)
+    if not values.size:
+        outer, blocks = values.shape[:-1], () if isinstance(spec.shape[-1], str) else (math.ceil(spec.shape[-1] / INT8_BLOCK),)
+        return values.astype(np.int8), np.zeros((*outer, *blocks), np.float32)
     block = _int8_block(spec, values.shape[-1])
     starts = np.arange(0, values.shape[-1], block)
     scales = np.maximum.reduceat(np.abs(values), starts, axis=-1) / np.float32(127)
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
-    inverse = np.where(np.isfinite(inverse), inverse, 0)  # a block of subnormals is zero
+    normal = scales > np.finfo(np.float32).tiny  # a block of less, with subnormal scales, is stored as zero
+    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=normal)
     levels = np.rint(values * _spread(inverse, block, values.shape[-1])).clip(-127, 127).astype(np.int8)
     return levels, scales[..., 0] if isinstance(spec.shape[-1], str) else scales
 
@@ -113,7 +116,7 @@ def int8_decode(parts: Sequence[np.ndarray], spec: FieldSpec) -> np.ndarray:
 
 
 def _int8_block(spec: FieldSpec, size: int) -> int:
-    return size if isinstance(spec.shape[-1], str) else min(INT8_BLOCK, size)
+    return max(size, 1) if isinstance(spec.shape[-1], str) else min(INT8_BLOCK, size)
 
 
 def _spread(scales: np.ndarray, block: int, size: int) -> np.ndarray:

@@ -152,7 +152,8 @@ class Gather:
     def _objects(self, spec: FieldSpec, rows: _Rows) -> list[Any]:
         found: list[Any] = [None] * rows.count
         for shard, places, local in rows.groups(0):
-            taken = self.mapped(shard).column(spec.name).take(pa.array(local.tolist(), pa.int64())).to_pylist()
+            chosen = pa.Array.from_buffers(pa.int64(), len(local), [None, pa.py_buffer(np.ascontiguousarray(local))])
+            taken = self.mapped(shard).column(spec.name).take(chosen).to_pylist()
             for place, value in zip(np.arange(rows.count)[places], taken, strict=True):
                 found[place] = value
         return found

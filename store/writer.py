@@ -58,7 +58,7 @@ class StoreWriter:
                     _clear(path)
                 if (path / manifest.PLAN).exists():
                     stored = manifest.read_plan(path)
-                    compare(str(path), _comparable(stored), _comparable(plan), ignore=INFORMATION)
+                    _compare_plans(path, stored, plan)
                     plan = stored
                 else:
                     manifest.write_json(path / manifest.PLAN, plan.to_json())
@@ -171,12 +171,14 @@ def check_folder(path: Path) -> None:
                               "give a folder that is new, empty or a store")
 
 
-def _comparable(plan: Plan) -> dict[str, Any]:
-    """Settings first, so that a differing setting is named before what follows from it."""
-    stored = plan.to_json()
-    order = ("task", "settings", "identity", "fields", "label_names", "shards", "format_version")
-    listed = {"fields": {spec["name"]: spec for spec in stored["fields"]}, "shards": digest(stored["shards"])}
-    return {f"{at}": {key: {**stored, **listed}[key]} for at, key in enumerate(order)}
+def _compare_plans(path: Path, stored: Plan, current: Plan) -> None:
+    """Settings before what follows from them, so that the refusal names what a person chose."""
+    left, right = stored.to_json(), current.to_json()
+    for plan in (left, right):
+        plan["fields"] = {spec["name"]: spec for spec in plan["fields"]}
+        plan["shards"] = digest(plan["shards"])
+    for section in ("task", "settings", "identity", "fields", "label_names", "shards"):
+        compare(str(path), {section: left[section]}, {section: right[section]}, ignore=INFORMATION)
 
 
 def _take_lock(path: Path) -> IO[bytes]:
