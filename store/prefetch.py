@@ -11,9 +11,9 @@ import errno
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,28 +25,38 @@ _PROBES = 4  # pages looked at before a chunk is taken to be warm
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 
 
+Indices = Sequence[int] | np.ndarray
+
+
 class _End:
     def __init__(self, error: BaseException | None = None):
         self.error = error
 
 
-class Prefetcher:
-    """Iterates over batches of sample_ids, in order.
+class _Chunk(NamedTuple):
+    """sample_ids of some batches together, and where each begins and ends among them."""
 
-    batches: int64 arrays. buffers: how many batches stay valid at a time (the one last taken, and buffers - 1
-    before it). Closing the iterator stops the thread; an error in the thread is raised at the next batch.
+    rows: np.ndarray
+    cuts: list[tuple[int, int]]
+
+
+class Prefetcher:
+    """Iterates over batches, in order.
+
+    batches: index lists. resolve: indices -> sample_ids, int64. buffers: memory for so many batches, one of them
+    being filled: a batch is valid until buffers - 1 more were taken. Closing the iterator stops the thread; an error in the thread is raised at the next batch.
     """
 
     def __init__(
-        self, gather: Gather, paths: Sequence[str], batches: Iterable[np.ndarray], row_bytes: float,
-        buffers: int, allocate: Allocate,
+        self, gather: Gather, paths: Sequence[str], batches: Iterable[Indices], resolve: Callable[[Indices], np.ndarray],
+        row_bytes: float, buffers: int, allocate: Allocate,
     ):  # fmt: skip
-        self._gather, self._paths, self._buffers, self._row_bytes = gather, paths, buffers, max(row_bytes, 1.0)
-        self._source = iter(batches)
+        self._gather, self._paths, self._valid, self._row_bytes = gather, paths, max(buffers - 1, 1), max(row_bytes, 1.0)
+        self._source, self._resolve = iter(batches), resolve
         self._ready: SimpleQueue[Any] = SimpleQueue()
         self._free: SimpleQueue[list[Slot] | None] = SimpleQueue()
         self._allocate = allocate
-        for _ in range(max(buffers, 1) + 1):
+        for _ in range(max(buffers, 2)):
             self._free.put([])
         self._stop = threading.Event()
         self._generator = np.random.default_rng(0)  # which pages to probe; never which rows to read
@@ -54,7 +64,7 @@ class Prefetcher:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._thread.start()
-        held: deque[tuple[int, list[Slot]]] = deque()  # (number of the chunk's last batch, its memory)
+        held: deque[tuple[int, list[Slot]]] = deque()  # (number of batches up to the chunk's end, its memory)
         taken = 0
         try:
             while True:
@@ -64,12 +74,12 @@ class Prefetcher:
                         raise chunk.error
                     return
                 batches, slots = chunk
-                held.append((taken + len(batches) - 1, slots))
+                held.append((taken + len(batches), slots))
                 for batch in batches:
-                    while held and held[0][0] <= taken - self._buffers:
-                        self._free.put(held.popleft()[1])
-                    taken += 1
                     yield batch
+                    taken += 1
+                    while held and held[0][0] <= taken + 1 - self._valid:
+                        self._free.put(held.popleft()[1])
         finally:
             self._stop.set()
             self._free.put(None)
@@ -90,35 +100,34 @@ class Prefetcher:
         except BaseException as error:  # handed to the caller at its next batch
             self._ready.put(_End(error))
 
-    def _next_chunk(self) -> list[np.ndarray]:
-        chunk: list[np.ndarray] = []
+    def _next_chunk(self) -> _Chunk | None:
+        lists: list[Indices] = []
         size = 0.0
         for batch in self._source:
-            chunk.append(batch)
+            lists.append(batch)
             size += len(batch) * self._row_bytes
-            if size >= CHUNK_BYTES or len(chunk) >= CHUNK_BATCHES:
+            if size >= CHUNK_BYTES or len(lists) >= CHUNK_BATCHES:
                 break
-        return chunk
+        if not lists:
+            return None
+        together = np.concatenate([np.asarray(one) for one in lists]) if len(lists) > 1 else lists[0]
+        ends = np.cumsum([len(one) for one in lists]).tolist()
+        return _Chunk(self._resolve(together), list(zip([0, *ends], ends, strict=False)))
 
-    def _gather_chunk(self, chunk: list[np.ndarray], slots: list[Slot]) -> list[dict[str, Any]]:
+    def _gather_chunk(self, chunk: _Chunk, slots: list[Slot]) -> list[dict[str, Any]]:
         """Fixed-size rows of a whole chunk are one gather, cut afterwards; ragged ones pad batch by batch."""
-        together = not self._gather.ragged and len(chunk) > 1
-        while len(slots) < (1 if together else len(chunk)):
+        together = not self._gather.ragged and len(chunk.cuts) > 1
+        while len(slots) < (1 if together else len(chunk.cuts)):
             slots.append(Slot(self._allocate))
         if not together:
-            return [self._gather.batch(batch, slot) for batch, slot in zip(chunk, slots, strict=False)]
-        whole = self._gather.batch(np.concatenate(chunk), slots[0])
-        ends = np.cumsum([len(batch) for batch in chunk]).tolist()
-        items = list(whole.items())
-        return [{name: values[begin:end] for name, values in items} for begin, end in zip([0, *ends], ends, strict=False)]
+            return [self._gather.batch(chunk.rows[begin:end], slot) for (begin, end), slot in zip(chunk.cuts, slots, strict=False)]
+        items = list(self._gather.batch(chunk.rows, slots[0]).items())
+        return [{name: values[begin:end] for name, values in items} for begin, end in chunk.cuts]
 
-    def _ask_for(self, chunk: list[np.ndarray]) -> None:
+    def _ask_for(self, chunk: _Chunk) -> None:
         if not hasattr(os, "posix_fadvise"):
             return
-        rows = np.concatenate(chunk)
-        if not len(rows):
-            return
-        ranges = row_ranges(self._gather, rows)
+        ranges = row_ranges(self._gather, chunk.rows)
         total = sum(len(found) for found in ranges.values())
         probes = set(self._generator.integers(0, total, _PROBES).tolist()) if total else set()
         cold, seen = False, 0

@@ -198,8 +198,7 @@ class TeacherRows:
         if buffers < 1:
             raise ConfigError(f"buffers is at least 1; got {buffers}")
         paths = [str(self.store.shard_path(at)) for at in range(len(self.store.shards))]
-        ids = (self._resolve(one) for one in indices)
-        return iter(Prefetcher(self._gather, paths, ids, self._row_bytes, buffers, allocate))
+        return iter(Prefetcher(self._gather, paths, indices, self._resolve, self._row_bytes, buffers, allocate))
 
     def __len__(self) -> int:
         return len(self._ids)
