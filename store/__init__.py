@@ -32,8 +32,17 @@ if TYPE_CHECKING:
     from .writer import StoreWriter
 
 _HOMES = {
-    "errors": ("ConfigError", "DataError", "FormatVersionError", "OutOfSpace", "PredistillError", "StoreCorrupt",
-               "StoreError", "StoreIncomplete", "StoreMismatch"),
+    "errors": (
+        "ConfigError",
+        "DataError",
+        "FormatVersionError",
+        "OutOfSpace",
+        "PredistillError",
+        "StoreCorrupt",
+        "StoreError",
+        "StoreIncomplete",
+        "StoreMismatch",
+    ),
     "codecs": ("bytes_per_row",),
     "identity": ("compare", "content_hash", "tokenizer_sha256", "weights_sha256"),
     "manifest": ("Plan",),
@@ -42,15 +51,35 @@ _HOMES = {
     "shard": ("ShardBuilder", "ShardPlan"),
     "verify": ("describe", "rebuild_index"),
     "writer": ("StoreWriter",),
-}  # fmt: skip
+}
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "ConfigError", "DataError", "FieldSpec", "FormatVersionError", "OutOfSpace", "Plan", "PredistillError",
-    "ShardBuilder", "ShardPlan", "StoreCorrupt", "StoreError", "StoreIncomplete", "StoreMismatch", "StoreWriter",
-    "TeacherRows", "TeacherStore", "bytes_per_row", "compare", "content_hash", "describe", "layer_column",
-    "rebuild_index", "tokenizer_sha256", "weights_sha256",
-]  # fmt: skip
+    "ConfigError",
+    "DataError",
+    "FieldSpec",
+    "FormatVersionError",
+    "OutOfSpace",
+    "Plan",
+    "PredistillError",
+    "ShardBuilder",
+    "ShardPlan",
+    "StoreCorrupt",
+    "StoreError",
+    "StoreIncomplete",
+    "StoreMismatch",
+    "StoreWriter",
+    "TeacherRows",
+    "TeacherStore",
+    "bytes_per_row",
+    "compare",
+    "content_hash",
+    "describe",
+    "layer_column",
+    "rebuild_index",
+    "tokenizer_sha256",
+    "weights_sha256",
+]
 
 
 def __getattr__(name: str) -> Any:

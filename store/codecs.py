@@ -97,7 +97,10 @@ def int8_encode(values: np.ndarray, spec: FieldSpec) -> tuple[np.ndarray, ...]:
     """Nearest of 255 levels symmetric about zero: |error| <= scale/2 = max|block| / 254."""
     values = np.ascontiguousarray(values, dtype=np.float32)
     if not values.size:
-        outer, blocks = values.shape[:-1], () if isinstance(spec.shape[-1], str) else (math.ceil(spec.shape[-1] / INT8_BLOCK),)
+        outer, blocks = (
+            values.shape[:-1],
+            () if isinstance(spec.shape[-1], str) else (math.ceil(spec.shape[-1] / INT8_BLOCK),),
+        )
         return values.astype(np.int8), np.zeros((*outer, *blocks), np.float32)
     block = _int8_block(spec, values.shape[-1])
     starts = np.arange(0, values.shape[-1], block)
@@ -136,7 +139,7 @@ def bitpack_parts(spec: FieldSpec) -> tuple[Part, ...]:
 
 def bitpack_encode(values: np.ndarray, spec: FieldSpec) -> tuple[np.ndarray, ...]:
     bits = _bits(spec)
-    if values.size and not (0 <= values.min() and values.max() < 2**bits):
+    if values.size and not (values.min() >= 0 and values.max() < 2**bits):
         raise DataError(f"field {spec.name}: values below 2**{bits} fit; got {values.min()} to {values.max()}")
     shifts = np.arange(bits - 1, -1, -1, dtype=np.int64)
     stream = (values.astype(np.int64)[..., None] >> shifts).astype(np.uint8) & 1
@@ -214,11 +217,15 @@ def check_values(values: np.ndarray, spec: FieldSpec, row_of: Callable[[int], An
     row, worst = row_of(int(bad.argmax())), values.reshape(len(values), -1)[bad.argmax()]
     worst = worst[~(np.abs(worst) <= limit)][0]
     if not np.isfinite(worst):
-        raise DataError(f"field {spec.name}: the teacher gave {worst} at source row {row}: look at that row, "
-                        "and at the teacher's own dtype (float16 teachers overflow; bfloat16 or float32 ones do not)")
+        raise DataError(
+            f"field {spec.name}: the teacher gave {worst} at source row {row}: look at that row, "
+            "and at the teacher's own dtype (float16 teachers overflow; bfloat16 or float32 ones do not)"
+        )
     holds = "float32" if spec.dtype == "bfloat16" or abs(worst) > LIMITS["bfloat16"] else "bfloat16 or float32"
-    raise DataError(f"field {spec.name}: {worst:.6g} at source row {row} is more than {spec.dtype} holds "
-                    f"({limit:.6g}): dump with --dtype {holds}")
+    raise DataError(
+        f"field {spec.name}: {worst:.6g} at source row {row} is more than {spec.dtype} holds "
+        f"({limit:.6g}): dump with --dtype {holds}"
+    )
 
 
 assert set(STORED_AS) < set(ARROW_TYPES)

@@ -114,7 +114,7 @@ class Gather:
             out = slot.array(key, (rows.count, schema.entry_width(part.shape)), part.numpy_dtype)
             for shard, places, local in rows.groups():
                 _take_into(self.extent(shard, spec.name, part).values, local, out, places, 1)
-            return out.reshape(rows.count, *part.shape)  # type: ignore[arg-type]
+            return out.reshape(rows.count, *part.shape)
         if schema.is_list(part.shape):
             return self._take_list(spec, part, rows, slot)
         return self._take_square(spec, part, rows, slot)
@@ -128,7 +128,7 @@ class Gather:
                 _take_into(self.extent(shard, spec.name, part).values, entries, out, places, longest)
             pad = spec.pad if len(self.parts[spec.name]) == 1 else 0
             out[rows.padding(spec.name, str(part.shape[0]), longest)] = pad
-        return out.reshape(rows.count, longest, *part.shape[1:])  # type: ignore[arg-type]
+        return out.reshape(rows.count, longest, *part.shape[1:])
 
     def _take_square(self, spec: FieldSpec, part: Part, rows: _Rows, slot: Slot) -> np.ndarray:
         """(H, S, S) and the like, a row at a time: its copy is strided, and far wider than a call."""
@@ -240,7 +240,7 @@ def _cuts(numbers: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _take_into(values: np.ndarray, entries: np.ndarray, out: np.ndarray, places: slice | np.ndarray, per: int) -> None:
-    """out[rows of places, `per` entries each] = values[entries]; starts were checked, and "clip" needs no second buffer."""
+    """out[rows of places, `per` entries each] = values[entries]; starts were checked, "clip" needs no second buffer."""
     if not len(values):
         return
     if isinstance(places, slice):
@@ -270,7 +270,7 @@ def _scatter_positions(out: dict[str, Any], fields: Sequence[FieldSpec], stored:
     positions = out.pop(schema.POSITIONS)
     row, at = np.nonzero(np.arange(positions.shape[1]) < stored[:, None])
     places = positions[row, at].astype(np.int64)
-    if places.size and not (0 <= places.min() and places.max() < longest):
+    if places.size and not (places.min() >= 0 and places.max() < longest):
         raise StoreCorrupt(f"column {schema.POSITIONS}: positions below {longest} expected; got {places.max()}")
     for spec in fields:
         if spec.shape[:1] == ("P",) and spec.name in out:
@@ -292,7 +292,9 @@ def row_ranges(gather: Gather, sample_ids: np.ndarray) -> Mapping[int, np.ndarra
                 values, starts = gather.extent(shard, name, part)
                 if values.size:
                     begin, end = (local, local + 1) if starts is None else (starts[local], starts[local + 1])
-                    ranges.append(gather.mapped(shard).offset(values) + np.stack([begin, end], axis=1) * part.entry_bytes)
+                    ranges.append(
+                        gather.mapped(shard).offset(values) + np.stack([begin, end], axis=1) * part.entry_bytes
+                    )
         if ranges:
             found[shard] = _merge(np.concatenate(ranges))
     return found

@@ -17,7 +17,7 @@ from .reader import TeacherStore
 from .schema import CONTENT_HASH
 
 
-class StoreTable(InMemoryTable):  # type: ignore[misc]
+class StoreTable(InMemoryTable):
     """The rows of one split (None: all) as one Arrow table over the memory map."""
 
     def __init__(self, store: TeacherStore, split: str | None, metadata: dict[bytes, bytes] | None = None):
@@ -48,8 +48,12 @@ def _table(store: TeacherStore, split: str | None) -> pa.Table:
     batches = [store.mapped(at).batch for at, shard in enumerate(store.shards) if split in (None, shard.split)]
     kept = [name for name in batches[0].schema.names if name != CONTENT_HASH]  # fixed_size_binary has no feature type
     plain = pa.schema([batches[0].schema.field(name) for name in kept])
-    table = pa.Table.from_batches([pa.RecordBatch.from_arrays([one.column(name) for name in kept], schema=_nullable(plain, one))
-                                   for one in batches])  # fmt: skip
+    table = pa.Table.from_batches(
+        [
+            pa.RecordBatch.from_arrays([one.column(name) for name in kept], schema=_nullable(plain, one))
+            for one in batches
+        ]
+    )
     return table.cast(datasets.Features.from_arrow_schema(table.schema).arrow_schema)  # nullability only: no copy
 
 

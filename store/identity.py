@@ -72,8 +72,11 @@ def tokenizer_content(tokenizer: Any) -> dict[str, Any]:
             merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
             content["model"] = {**model, "merges": merges}
         return content
-    return {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab(),
-            "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()}}  # fmt: skip
+    return {
+        "class": type(tokenizer).__name__,
+        "vocab": tokenizer.get_vocab(),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+    }
 
 
 def weights_sha256(folder: str | os.PathLike[str]) -> str:
@@ -123,8 +126,10 @@ def compare(what: str, stored: Mapping[str, Any], current: Mapping[str, Any], ig
     if found:
         name, left, right = found[0]
         more = f" (and {len(found) - 1} more: {', '.join(one[0] for one in found[1:4])})" if len(found) > 1 else ""
-        raise StoreMismatch(f"{what}: {name} differs: the store has {short(left)}, this run has {short(right)}{more}: "
-                            "use the same settings, another --output-dir, or --overwrite")
+        raise StoreMismatch(
+            f"{what}: {name} differs: the store has {short(left)}, this run has {short(right)}{more}: "
+            "use the same settings, another --output-dir, or --overwrite"
+        )
 
 
 def short(value: Any) -> str:

@@ -19,8 +19,13 @@ from . import manifest, schema
 from .errors import ConfigError, OutOfSpace, StoreCorrupt
 from .shard import MappedShard, fsync_folder
 
-LOCKED = {"enable_external_access": "false", "lock_configuration": "true", "autoinstall_known_extensions": "false",
-          "autoload_known_extensions": "false", "allow_community_extensions": "false"}  # fmt: skip
+LOCKED: dict[str, str | bool | int | float | list[str]] = {
+    "enable_external_access": "false",
+    "lock_configuration": "true",
+    "autoinstall_known_extensions": "false",
+    "autoload_known_extensions": "false",
+    "allow_community_extensions": "false",
+}
 ADDRESS = ("sample_id", "split", "source_index", "view", "content_hash", "shard", "row", "num_tokens", "label")
 
 
@@ -36,8 +41,10 @@ def build(folder: Path, made: Mapping[str, Any]) -> None:
             connection.sql("SELECT * FROM samples ORDER BY sample_id").write_parquet(str(parquet), compression="zstd")
     except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
         temporary.unlink(missing_ok=True)
-        raise OutOfSpace(f"{folder}: the index could not be written ({str(error).splitlines()[0]}); the shards are safe: "
-                         "make room, then run the same dump again") from error
+        raise OutOfSpace(
+            f"{folder}: the index could not be written ({str(error).splitlines()[0]}); the shards are safe: "
+            "make room, then run the same dump again"
+        ) from error
     for written, final in ((temporary, target), (parquet, folder / manifest.SAMPLES)):
         with open(written, "rb") as file:
             os.fsync(file.fileno())
@@ -49,14 +56,27 @@ def fill(connection: duckdb.DuckDBPyConnection, folder: Path, made: Mapping[str,
     """The `shards` and `samples` tables of a manifest, into any connection."""
     plan = manifest.plan_of(made, str(folder))
     columns = "shard, split, view, start, stop, rows, tokens, bytes, sha256"
-    connection.execute(f"CREATE TABLE shards ({columns.replace(', ', ' BIGINT, ')} BIGINT)"
-                       .replace("shard BIGINT", "shard VARCHAR").replace("split BIGINT", "split VARCHAR")
-                       .replace("sha256 BIGINT", "sha256 VARCHAR"))  # fmt: skip
+    connection.execute(
+        f"CREATE TABLE shards ({columns.replace(', ', ' BIGINT, ')} BIGINT)".replace("shard BIGINT", "shard VARCHAR")
+        .replace("split BIGINT", "split VARCHAR")
+        .replace("sha256 BIGINT", "sha256 VARCHAR")
+    )
     first = 0
     for shard, entry in zip(plan.shards, made["shards"], strict=True):
-        connection.execute("INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                           [shard.name, shard.split, shard.view, shard.start, shard.stop, entry["rows"], entry["tokens"],
-                            entry["bytes"], entry["sha256"]])  # fmt: skip
+        connection.execute(
+            "INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [
+                shard.name,
+                shard.split,
+                shard.view,
+                shard.start,
+                shard.stop,
+                entry["rows"],
+                entry["tokens"],
+                entry["bytes"],
+                entry["sha256"],
+            ],
+        )
         mapped = MappedShard(manifest.shard_path(folder, shard.name))
         _insert(connection, _narrow(mapped, shard.name, shard.split, first), first == 0)
         first += entry["rows"]
@@ -65,8 +85,11 @@ def fill(connection: duckdb.DuckDBPyConnection, folder: Path, made: Mapping[str,
 def _insert(connection: duckdb.DuckDBPyConnection, narrow: pa.Table, create: bool) -> None:
     columns = ", ".join(_expression(field) for field in narrow.schema)
     connection.register("narrow", narrow)
-    connection.execute(f"CREATE TABLE samples AS SELECT {columns} FROM narrow" if create
-                       else f"INSERT INTO samples SELECT {columns} FROM narrow")  # fmt: skip
+    connection.execute(
+        f"CREATE TABLE samples AS SELECT {columns} FROM narrow"
+        if create
+        else f"INSERT INTO samples SELECT {columns} FROM narrow"
+    )
     connection.unregister("narrow")
 
 
@@ -145,8 +168,10 @@ class Index:
             try:
                 self._connection = duckdb.connect(str(path), read_only=True, config=LOCKED)
             except duckdb.Error as error:
-                raise StoreCorrupt(f"{path} cannot be opened ({str(error).splitlines()[0]}); make it anew with: "
-                                   f"predistill index {self._folder} --rebuild") from error
+                raise StoreCorrupt(
+                    f"{path} cannot be opened ({str(error).splitlines()[0]}); make it anew with: "
+                    f"predistill index {self._folder} --rebuild"
+                ) from error
         return self._connection
 
     def sql(self, query: str) -> duckdb.DuckDBPyRelation:
@@ -192,5 +217,6 @@ def content(connection: duckdb.DuckDBPyConnection, table: str, order: str) -> An
     """(columns, rows, hash of every row with its place) of one table."""
     relation = connection.sql(f"SELECT * FROM {table}")
     schema_of = [(name, str(kind)) for name, kind in zip(relation.columns, relation.types, strict=True)]
-    query = f"SELECT count(*), bit_xor(hash(row_number, t)) FROM (SELECT row_number() OVER (ORDER BY {order}) AS row_number, t FROM {table} t)"
+    numbered = f"SELECT row_number() OVER (ORDER BY {order}) AS place, t FROM {table} t"
+    query = f"SELECT count(*), bit_xor(hash(place, t)) FROM ({numbered})"
     return schema_of, connection.sql(query).fetchall()[0]

@@ -60,7 +60,9 @@ class Plan:
         try:
             shards = [ShardPlan(**shard) for shard in data["shards"]]
             fields = [FieldSpec.from_json(spec) for spec in data["fields"]]
-            plan = cls(data["task"], dict(data["settings"]), dict(data["identity"]), fields, shards, data["label_names"])
+            plan = cls(
+                data["task"], dict(data["settings"]), dict(data["identity"]), fields, shards, data["label_names"]
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise StoreCorrupt(f"{where} is not a plan ({type(error).__name__}: {error})") from error
         for shard in shards:
@@ -129,7 +131,11 @@ def plan_of(manifest: Mapping[str, Any], where: str) -> Plan:
     try:
         entries = manifest["shards"]
         names = [check_name(entry["name"], where) for entry in entries]
-        sound = all(type(entry[key]) is int and 0 <= entry[key] < 2**62 for entry in entries for key in ("rows", "bytes", "tokens"))
+        sound = all(
+            type(entry[key]) is int and 0 <= entry[key] < 2**62
+            for entry in entries
+            for key in ("rows", "bytes", "tokens")
+        )
     except (KeyError, TypeError) as error:
         raise StoreCorrupt(f"{where}: its list of shards cannot be read ({error!r})") from error
     if not sound or names != [shard.name for shard in plan.shards] or len(set(names)) != len(names):
@@ -159,8 +165,10 @@ def committed(folder: Path, plan: Plan) -> dict[str, dict[str, Any]]:
 def read_plan(folder: Path) -> Plan:
     """plan.json of a folder. Raises StoreError where it is not a store at all."""
     if not (folder / PLAN).exists():
-        raise StoreError(f"{folder} is not a store: a folder with {PLAN} and {MANIFEST} expected"
-                         + ("" if folder.exists() else "; it does not exist"))  # fmt: skip
+        raise StoreError(
+            f"{folder} is not a store: a folder with {PLAN} and {MANIFEST} expected"
+            + ("" if folder.exists() else "; it does not exist")
+        )
     return Plan.from_json(read_json(folder / PLAN), str(folder / PLAN))
 
 

@@ -44,14 +44,22 @@ class Prefetcher:
     """Iterates over batches, in order.
 
     batches: index lists. resolve: indices -> sample_ids, int64. buffers: memory for so many batches, one of them
-    being filled: a batch is valid until buffers - 1 more were taken. Closing the iterator stops the thread; an error in the thread is raised at the next batch.
+    being filled: a batch is valid until buffers - 1 more were taken. Closing the iterator stops the thread; an error
+    in the thread is raised at the next batch.
     """
 
     def __init__(
-        self, gather: Gather, paths: Sequence[str], batches: Iterable[Indices], resolve: Callable[[Indices], np.ndarray],
-        row_bytes: float, buffers: int, allocate: Allocate,
-    ):  # fmt: skip
-        self._gather, self._paths, self._valid, self._row_bytes = gather, paths, max(buffers - 1, 1), max(row_bytes, 1.0)
+        self,
+        gather: Gather,
+        paths: Sequence[str],
+        batches: Iterable[Indices],
+        resolve: Callable[[Indices], np.ndarray],
+        row_bytes: float,
+        buffers: int,
+        allocate: Allocate,
+    ):
+        self._gather, self._paths = gather, paths
+        self._valid, self._row_bytes = max(buffers - 1, 1), max(row_bytes, 1.0)
         self._source, self._resolve = iter(batches), resolve
         self._ready: SimpleQueue[Any] = SimpleQueue()
         self._free: SimpleQueue[list[Slot] | None] = SimpleQueue()
@@ -120,7 +128,10 @@ class Prefetcher:
         while len(slots) < (1 if together else len(chunk.cuts)):
             slots.append(Slot(self._allocate))
         if not together:
-            return [self._gather.batch(chunk.rows[begin:end], slot) for (begin, end), slot in zip(chunk.cuts, slots, strict=False)]
+            return [
+                self._gather.batch(chunk.rows[begin:end], slot)
+                for (begin, end), slot in zip(chunk.cuts, slots, strict=False)
+            ]
         items = list(self._gather.batch(chunk.rows, slots[0]).items())
         return [{name: values[begin:end] for name, values in items} for begin, end in chunk.cuts]
 

@@ -1,9 +1,9 @@
 """TeacherStore: open a store, select rows, read them back.
 
-    store = TeacherStore.open("stores/sst2")
-    rows = store.select(split="train", where="teacher_confidence < 0.9", fields=["teacher_logits"])
-    rows[[4, 1, 9]]                        # arrays that the caller owns
-    for batch in rows.batches([[0, 1], [2, 3]]): ...   # arrays that are reused, one thread ahead
+store = TeacherStore.open("stores/sst2")
+rows = store.select(split="train", where="teacher_confidence < 0.9", fields=["teacher_logits"])
+rows[[4, 1, 9]]                        # arrays that the caller owns
+for batch in rows.batches([[0, 1], [2, 3]]): ...   # arrays that are reused, one thread ahead
 """
 
 from __future__ import annotations
@@ -43,7 +43,12 @@ class TeacherStore:
     def __init__(self, path: str | os.PathLike[str], made: Mapping[str, Any], partial: bool):
         self.path, self.manifest, self._partial = Path(path), dict(made), partial
         plan = manifest.plan_of(made, str(self.path))
-        self.task, self.settings, self.identity, self.label_names = plan.task, plan.settings, plan.identity, plan.label_names
+        self.task, self.settings, self.identity, self.label_names = (
+            plan.task,
+            plan.settings,
+            plan.identity,
+            plan.label_names,
+        )
         self.fields: dict[str, FieldSpec] = {spec.name: spec for spec in plan.fields}
         self.fingerprint: str = made["fingerprint"]
         self.shards = plan.shards
@@ -246,8 +251,8 @@ class TeacherRows:
     def _by_shard(self) -> Iterator[tuple[int, slice, np.ndarray]]:
         """(shard, places among these rows, rows in the shard), for all of them."""
         first = self.store.first_row
-        ends = [(first[at + 1] - self._ids.start) if isinstance(self._ids, range) else np.searchsorted(self._ids, first[at + 1])
-                for at in range(len(first) - 1)]  # fmt: skip
+        ids = self._ids
+        ends = first[1:] - ids.start if isinstance(ids, range) else np.searchsorted(ids, first[1:])
         begin = 0
         for shard, end in enumerate(ends):
             end = int(min(max(end, begin), len(self)))
@@ -280,5 +285,9 @@ def _partial_manifest(folder: Path) -> dict[str, Any]:
     done = manifest.committed(folder, plan)
     kept = [shard for shard in plan.shards if shard.name in done]
     partial = manifest.Plan(plan.task, plan.settings, plan.identity, plan.fields, kept, plan.label_names)
-    return {"format_version": schema.FORMAT_VERSION, "plan": partial.to_json(), "fingerprint": plan.fingerprint,
-            "shards": [{"name": shard.name, **done[shard.name]} for shard in kept]}  # fmt: skip
+    return {
+        "format_version": schema.FORMAT_VERSION,
+        "plan": partial.to_json(),
+        "fingerprint": plan.fingerprint,
+        "shards": [{"name": shard.name, **done[shard.name]} for shard in kept],
+    }

@@ -57,10 +57,19 @@ _LAYERED = ("hidden_states", "attentions", "attention_scores", "queries", "keys"
 
 # dtype of a field -> Arrow type that stores it (bfloat16 as its 16 bits, bool as a byte)
 ARROW_TYPES: dict[str, pa.DataType] = {
-    "float64": pa.float64(), "float32": pa.float32(), "float16": pa.float16(), "bfloat16": pa.uint16(),
-    "int64": pa.int64(), "int32": pa.int32(), "int16": pa.int16(), "int8": pa.int8(), "uint8": pa.uint8(),
-    "uint16": pa.uint16(), "uint32": pa.uint32(), "bool": pa.uint8(),
-}  # fmt: skip
+    "float64": pa.float64(),
+    "float32": pa.float32(),
+    "float16": pa.float16(),
+    "bfloat16": pa.uint16(),
+    "int64": pa.int64(),
+    "int32": pa.int32(),
+    "int16": pa.int16(),
+    "int8": pa.int8(),
+    "uint8": pa.uint8(),
+    "uint16": pa.uint16(),
+    "uint32": pa.uint32(),
+    "bool": pa.uint8(),
+}
 
 
 def layer_column(kind: str, layer: int) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,9 @@ class ShardBuilder:
         digest = np.ascontiguousarray(content_hash, np.uint8).reshape(self.rows, 16)
         if source_index is not None:
             self.source_index = np.asarray(source_index, np.int64)
-        self.columns[schema.CONTENT_HASH] = pa.Array.from_buffers(pa.binary(16), self.rows, [None, pa.py_buffer(digest)])
+        self.columns[schema.CONTENT_HASH] = pa.Array.from_buffers(
+            pa.binary(16), self.rows, [None, pa.py_buffer(digest)]
+        )
 
     def to_batch(self, fingerprint: str) -> pa.RecordBatch:
         """The shard as one record batch whose schema says what it is."""
@@ -216,12 +218,14 @@ class MappedShard:
                 raise StoreCorrupt(f"{path}: one record batch expected; got {reader.num_record_batches}")
             self.batch = reader.get_batch(0)
             self.batch.validate()
-            source.close()  # the mapping lives as long as its buffers; a store of 4,000 shards needs no 4,000 descriptors
+            source.close()  # the mapping lives as long as its buffers: 4,000 shards need no 4,000 descriptors
         except FileNotFoundError as error:
             raise StoreCorrupt(f"{path} is missing: run the same dump again to make it anew") from error
         except (pa.ArrowException, OSError, MemoryError) as error:
-            raise StoreCorrupt(f"{path} is not a readable shard ({_one_line(error)}): delete it and its .json, "
-                               "then run the same dump again") from error
+            raise StoreCorrupt(
+                f"{path} is not a readable shard ({_one_line(error)}): delete it and its .json, "
+                "then run the same dump again"
+            ) from error
         self.rows = self.batch.num_rows
         self.fields, self.place, self.fingerprint = _read_metadata(path, self.batch.schema.metadata or {})
 
@@ -256,7 +260,11 @@ class MappedShard:
             raise StoreCorrupt(f"{where}: no nulls and no offset expected")
         entries = self.rows
         if schema.symbols(part.shape):
-            starts = np.frombuffer(array.buffers()[1] or b"", np.int64, self.rows + 1) if self.rows else np.zeros(1, np.int64)
+            starts = (
+                np.frombuffer(array.buffers()[1] or b"", np.int64, self.rows + 1)
+                if self.rows
+                else np.zeros(1, np.int64)
+            )
             array = array.values
             entries = len(array)
             if starts[0] != 0 or starts[-1] != entries or (starts[1:] < starts[:-1]).any():
@@ -264,7 +272,9 @@ class MappedShard:
         width = schema.entry_width(part.shape)
         data = array.buffers()[-1]
         if entries * width * part.numpy_dtype.itemsize > (data.size if data else 0):
-            raise StoreCorrupt(f"{where}: {entries} entries need {entries * part.entry_bytes} bytes; got {data and data.size}")
+            raise StoreCorrupt(
+                f"{where}: {entries} entries need {entries * part.entry_bytes} bytes; got {data and data.size}"
+            )
         if array.offset or array.null_count:
             raise StoreCorrupt(f"{where}: no nulls and no offset expected")
         if data is not None and not self._base <= data.address <= self._base + self.bytes:
@@ -278,7 +288,11 @@ def _same_type(found: pa.DataType, expected: pa.DataType) -> bool:
     """Equal but for names and nullability of list items, which other writers choose otherwise."""
     for kind in (pa.types.is_large_list, pa.types.is_fixed_size_list):
         if kind(expected):
-            same_size = not pa.types.is_fixed_size_list(expected) or found.list_size == expected.list_size if kind(found) else False
+            same_size = (
+                not pa.types.is_fixed_size_list(expected) or found.list_size == expected.list_size
+                if kind(found)
+                else False
+            )
             return same_size and _same_type(found.value_type, expected.value_type)
     return found.equals(expected)
 

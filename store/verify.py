@@ -19,8 +19,20 @@ from .reader import TeacherStore
 from .schema import INPUT_IDS, is_list
 from .shard import MappedShard
 
-KNOWN = {manifest.PLAN, manifest.MANIFEST, manifest.SHARDS, manifest.INDEX, manifest.SAMPLES, manifest.CARD, manifest.LOCK,
-         "tokenizer", "processor", ".gitattributes", ".cache", ".git"}  # fmt: skip
+KNOWN = {
+    manifest.PLAN,
+    manifest.MANIFEST,
+    manifest.SHARDS,
+    manifest.INDEX,
+    manifest.SAMPLES,
+    manifest.CARD,
+    manifest.LOCK,
+    "tokenizer",
+    "processor",
+    ".gitattributes",
+    ".cache",
+    ".git",
+}
 
 Problem = dict[str, str]
 
@@ -63,12 +75,15 @@ def _plan_problems(folder: Path, plan: Plan, made: Mapping[str, Any]) -> Iterato
             yield _problem(path, folder, "plan", f"is not the plan that {manifest.MANIFEST} was made from")
     except StoreError as error:
         kind = "plan" if path.exists() else "missing"
-        yield _problem(path, folder, kind, f"{error}; {manifest.MANIFEST} holds a copy under \"plan\"")
+        yield _problem(path, folder, kind, f'{error}; {manifest.MANIFEST} holds a copy under "plan"')
 
 
 def _shard_problems(folder: Path, plan: Plan, name: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
     path = shard_path(folder, name)
-    remake = f"delete {path.name} and {path.stem}.json in {path.parent}, then run the same dump again: only this shard is made anew"
+    remake = (
+        f"delete {path.name} and {path.stem}.json in {path.parent}, then run the same dump again: "
+        "only this shard is made anew"
+    )
     if not path.is_file():
         yield _problem(path, folder, "missing", f"is not there; {remake}")
         return
@@ -117,9 +132,13 @@ def _check_structure(path: Path, plan: Plan, name: str, entry: Mapping[str, Any]
 
 def _extra_problems(folder: Path, plan: Plan) -> Iterator[Problem]:
     expected = {f"{shard.name}{suffix}" for shard in plan.shards for suffix in (".arrow", ".json")}
-    present = {entry.name for entry in (folder / manifest.SHARDS).iterdir()} if (folder / manifest.SHARDS).is_dir() else set()
+    present = (
+        {entry.name for entry in (folder / manifest.SHARDS).iterdir()} if (folder / manifest.SHARDS).is_dir() else set()
+    )
     for name in sorted(present - expected):
-        yield _problem(folder / manifest.SHARDS / name, folder, "extra", "is not in the plan; delete it if it is not yours")
+        yield _problem(
+            folder / manifest.SHARDS / name, folder, "extra", "is not in the plan; delete it if it is not yours"
+        )
     for name in sorted({entry.name for entry in folder.iterdir()} - KNOWN):
         yield _problem(folder / name, folder, "extra", "is not part of a store; delete it if it is not yours")
 
@@ -136,14 +155,18 @@ def _index_problems(folder: Path, made: Mapping[str, Any]) -> Iterator[Problem]:
                 if index.contents(stored.connection) != expected:
                     yield _problem(path, folder, "index", f"does not agree with the shards; {remake}")
         except (StoreCorrupt, duckdb.Error) as error:
-            yield _problem(path, folder, "index" if path.exists() else "missing", f"{str(error).splitlines()[0]}; {remake}")
+            yield _problem(
+                path, folder, "index" if path.exists() else "missing", f"{str(error).splitlines()[0]}; {remake}"
+            )
         path = folder / manifest.SAMPLES
         try:
             fresh.execute("CREATE TABLE stored AS SELECT * FROM read_parquet(?)", [str(path)])
             if index.content(fresh, "stored", "sample_id") != index.content(fresh, "samples", "sample_id"):
                 yield _problem(path, folder, "index", f"does not agree with the shards; {remake}")
         except duckdb.Error as error:
-            yield _problem(path, folder, "index" if path.exists() else "missing", f"{str(error).splitlines()[0]}; {remake}")
+            yield _problem(
+                path, folder, "index" if path.exists() else "missing", f"{str(error).splitlines()[0]}; {remake}"
+            )
 
 
 def _problem(path: Path, folder: Path, kind: str, detail: str) -> Problem:
@@ -195,5 +218,13 @@ def _field_sizes(store: TeacherStore) -> dict[str, dict[str, Any]]:
         mapped = store.mapped(at)
         for name in sizes:
             sizes[name] += mapped.column(name).nbytes
-    return {name: {"codec": spec.codec, "dtype": spec.dtype, "shape": list(spec.shape), "role": spec.role, "bytes": sizes[name]}
-            for name, spec in store.fields.items()}  # fmt: skip
+    return {
+        name: {
+            "codec": spec.codec,
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "role": spec.role,
+            "bytes": sizes[name],
+        }
+        for name, spec in store.fields.items()
+    }

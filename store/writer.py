@@ -93,10 +93,18 @@ class StoreWriter:
         """
         done = manifest.committed(self.path, self.plan)
         if len(done) < len(self.plan.shards):
-            raise StoreError(f"{self.path}: {len(done)} of {len(self.plan.shards)} shards are committed; dump the rest first")
+            raise StoreError(
+                f"{self.path}: {len(done)} of {len(self.plan.shards)} shards are committed; dump the rest first"
+            )
         shards = [{"name": shard.name, **done[shard.name]} for shard in self.plan.shards]
-        made = manifest.sealed({"format_version": manifest.FORMAT_VERSION, "plan": self.plan.to_json(),
-                                "fingerprint": self.plan.fingerprint, "shards": shards})  # fmt: skip
+        made = manifest.sealed(
+            {
+                "format_version": manifest.FORMAT_VERSION,
+                "plan": self.plan.to_json(),
+                "fingerprint": self.plan.fingerprint,
+                "shards": shards,
+            }
+        )
         with _out_of_space(self.path, self.path / f"{manifest.INDEX}.tmp"):
             for name, source in (folders or {}).items():
                 _replace_folder(self.path / name, Path(source))
@@ -112,7 +120,9 @@ class StoreWriter:
     def __enter__(self) -> StoreWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -167,8 +177,10 @@ def check_folder(path: Path) -> None:
     if path.is_dir():
         names = {entry.name for entry in path.iterdir()} - {manifest.LOCK, manifest.SHARDS, f"{manifest.PLAN}.tmp"}
         if names and manifest.PLAN not in names:
-            raise ConfigError(f"--output-dir {path} holds {', '.join(sorted(names)[:3])} and is not a store; "
-                              "give a folder that is new, empty or a store")
+            raise ConfigError(
+                f"--output-dir {path} holds {', '.join(sorted(names)[:3])} and is not a store; "
+                "give a folder that is new, empty or a store"
+            )
 
 
 def _compare_plans(path: Path, stored: Plan, current: Plan) -> None:
@@ -224,5 +236,7 @@ def _out_of_space(folder: Path, *temporary: Path) -> Iterator[None]:
         for path in temporary:
             path.unlink(missing_ok=True)
         free = shutil.disk_usage(folder).free if folder.exists() else 0
-        raise OutOfSpace(f"{folder}: {os.strerror(error.errno)} ({free / 1e9:.3g} GB free); what was committed is safe: "
-                         "make room, then run the same dump again") from error
+        raise OutOfSpace(
+            f"{folder}: {os.strerror(error.errno)} ({free / 1e9:.3g} GB free); what was committed is safe: "
+            "make room, then run the same dump again"
+        ) from error

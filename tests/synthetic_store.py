@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-
 from predistill.store import FieldSpec, Plan, ShardPlan, StoreWriter
 
 FIELDS = [
@@ -37,8 +36,14 @@ SHARDS = [
     ShardPlan("train", 2, 0, 20, view=1),  # another view of the first twenty rows
     ShardPlan("validation", 0, 0, 10),
 ]
-EXACT = {"teacher_hidden_states_02": 2**-8, "teacher_hidden_states_06": 1 / 254, "teacher_attentions_01": 2**-11,
-         "teacher_attentions_02": 1 / 254, "teacher_logits": 2**-11, "teacher_top_k_logits": 2**-11}  # of the row's peak
+EXACT = {
+    "teacher_hidden_states_02": 2**-8,
+    "teacher_hidden_states_06": 1 / 254,
+    "teacher_attentions_01": 2**-11,
+    "teacher_attentions_02": 1 / 254,
+    "teacher_logits": 2**-11,
+    "teacher_top_k_logits": 2**-11,
+}  # of the row's peak
 
 
 def plan(**settings: Any) -> Plan:
@@ -56,18 +61,29 @@ def truth(shard: ShardPlan) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]
     for at, size in enumerate(lengths.tolist()):
         positions = np.flatnonzero(rng.random(size) < 0.5)
         stored[at] = len(positions)
-        rows.append({
-            "input_ids": rng.integers(1, 1000, size), "token_type_ids": rng.integers(0, 2, size),
-            "labels": np.int64(-100 if at % 5 == 4 else at % 3), "teacher_logits": rng.normal(size=3),
-            "teacher_hidden_states_00": rng.normal(size=(size, 8)), "teacher_hidden_states_02": rng.normal(size=(size, 8)),
-            "teacher_hidden_states_06": rng.normal(size=(size, 200)) * 50, "teacher_attentions_01": rng.random((2, size, size)),
-            "teacher_attentions_02": rng.random((2, size, size)), "teacher_top_k_logits": rng.normal(size=(size, 5)),
-            "teacher_top_k_indices": rng.integers(0, 2**17, (size, 5)), "teacher_logsumexp": rng.normal(size=size),
-            "teacher_feature_map": rng.normal(size=(2, 3, 4)), "teacher_positions": positions,
-            "teacher_completion_logits": rng.normal(size=(len(positions), 3)), "teacher_prediction": np.int64(at % 3),
-            "teacher_loss": np.float32(np.nan if at % 5 == 4 else at / 10), "image": bytes(rng.integers(0, 256, at % 9, np.uint8)),
-            "meta": {"id": f"row {at}", "spans": [[at, None], []][: at % 3]},
-        })  # fmt: skip
+        rows.append(
+            {
+                "input_ids": rng.integers(1, 1000, size),
+                "token_type_ids": rng.integers(0, 2, size),
+                "labels": np.int64(-100 if at % 5 == 4 else at % 3),
+                "teacher_logits": rng.normal(size=3),
+                "teacher_hidden_states_00": rng.normal(size=(size, 8)),
+                "teacher_hidden_states_02": rng.normal(size=(size, 8)),
+                "teacher_hidden_states_06": rng.normal(size=(size, 200)) * 50,
+                "teacher_attentions_01": rng.random((2, size, size)),
+                "teacher_attentions_02": rng.random((2, size, size)),
+                "teacher_top_k_logits": rng.normal(size=(size, 5)),
+                "teacher_top_k_indices": rng.integers(0, 2**17, (size, 5)),
+                "teacher_logsumexp": rng.normal(size=size),
+                "teacher_feature_map": rng.normal(size=(2, 3, 4)),
+                "teacher_positions": positions,
+                "teacher_completion_logits": rng.normal(size=(len(positions), 3)),
+                "teacher_prediction": np.int64(at % 3),
+                "teacher_loss": np.float32(np.nan if at % 5 == 4 else at / 10),
+                "image": bytes(rng.integers(0, 256, at % 9, np.uint8)),
+                "meta": {"id": f"row {at}", "spans": [[at, None], []][: at % 3]},
+            }
+        )
     return lengths, stored, rows
 
 

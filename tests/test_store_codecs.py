@@ -10,12 +10,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-
-from predistill.store import ConfigError, DataError, FieldSpec, Plan, ShardPlan, StoreWriter, TeacherStore, bytes_per_row
+from predistill.store import (
+    ConfigError,
+    DataError,
+    FieldSpec,
+    Plan,
+    ShardPlan,
+    StoreWriter,
+    TeacherStore,
+    bytes_per_row,
+)
 from predistill.store.codecs import codec_of, parts_of
 
-FLOATS = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=300),
-                    elements=st.floats(-(2.0**100), 2.0**100, width=32))  # fmt: skip
+FLOATS = hnp.arrays(
+    np.float32,
+    hnp.array_shapes(min_dims=2, max_dims=2, max_side=300),
+    elements=st.floats(-(2.0**100), 2.0**100, width=32),
+)
 
 
 def roundtrip(values: np.ndarray, spec: FieldSpec) -> np.ndarray:
@@ -47,9 +58,15 @@ def test_bitpack_is_exact_at_the_stated_size(bits: int, data: st.DataObject) -> 
     assert (codec_of(spec).decode((packed,), spec) == values).all()
 
 
-@pytest.mark.parametrize(("codec", "dtype", "per_value"), [
-    ("dense", "float32", 4), ("dense", "float16", 2), ("dense", "bfloat16", 2), ("int8", "float32", 1 + 4 / 128),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("codec", "dtype", "per_value"),
+    [
+        ("dense", "float32", 4),
+        ("dense", "float16", 2),
+        ("dense", "bfloat16", 2),
+        ("int8", "float32", 1 + 4 / 128),
+    ],
+)
 def test_a_value_costs_what_is_stated(tmp_path: Path, codec: str, dtype: str, per_value: float) -> None:
     spec = FieldSpec("teacher_hidden_states_01", (1280,), dtype, codec=codec)
     assert sum(part.entry_bytes for part in parts_of(spec)) == 1280 * per_value
@@ -69,14 +86,19 @@ def _one_field(path: Path, spec: FieldSpec, values: np.ndarray) -> TeacherStore:
     return TeacherStore.open(path)
 
 
-@pytest.mark.parametrize(("dtype", "codec", "value", "message"), [
-    ("float16", "dense", 7e4, "70000 at source row 102 is more than float16 holds.*bfloat16 or float32"),
-    ("float16", "dense", -7e4, "-70000 at source row 102.*float16"),
-    ("float32", "int8", np.inf, "gave inf at source row 102"),
-    ("bfloat16", "dense", np.nan, "gave nan at source row 102"),
-    ("float32", "dense", np.nan, "teacher_x.*gave nan at source row 102"),
-])  # fmt: skip
-def test_what_a_dtype_cannot_hold_stops_the_dump(tmp_path: Path, dtype: str, codec: str, value: float, message: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "codec", "value", "message"),
+    [
+        ("float16", "dense", 7e4, "70000 at source row 102 is more than float16 holds.*bfloat16 or float32"),
+        ("float16", "dense", -7e4, "-70000 at source row 102.*float16"),
+        ("float32", "int8", np.inf, "gave inf at source row 102"),
+        ("bfloat16", "dense", np.nan, "gave nan at source row 102"),
+        ("float32", "dense", np.nan, "teacher_x.*gave nan at source row 102"),
+    ],
+)
+def test_what_a_dtype_cannot_hold_stops_the_dump(
+    tmp_path: Path, dtype: str, codec: str, value: float, message: str
+) -> None:
     values = np.zeros((5, 4), np.float32)
     values[2, 1] = value
     with pytest.raises(DataError, match=message):
@@ -98,12 +120,15 @@ def test_padding_may_hold_anything(tmp_path: Path) -> None:
             builder.put(spec.name, np.array([0]), np.full((1, 1, 3, 3), np.nan))
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"shape": ("T",), "dtype": "float32"}, "one of S, P, \\*"),
-    ({"shape": (0,), "dtype": "float32"}, "positive int"),
-    ({"shape": (), "dtype": "float8"}, "dtype is one of"),
-    ({"shape": (), "dtype": "float32", "role": "x"}, "role is one of"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"shape": ("T",), "dtype": "float32"}, "one of S, P, \\*"),
+        ({"shape": (0,), "dtype": "float32"}, "positive int"),
+        ({"shape": (), "dtype": "float8"}, "dtype is one of"),
+        ({"shape": (), "dtype": "float32", "role": "x"}, "role is one of"),
+    ],
+)
 def test_fields_that_cannot_be(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         FieldSpec("f", **arguments)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What is written comes back: every kind of field, by index, slice, batch, fork and spawn, with and without predistill."""
+"""What is written comes back: every kind of field, by index, slice and batch, in other processes and other readers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import synthetic_store as synthetic
-
 from predistill.store import ConfigError, TeacherStore
-
 
 ROWS = synthetic.all_rows()
 POSITIONED = ("teacher_positions", "teacher_completion_logits")
@@ -144,7 +142,9 @@ def test_plain_pyarrow_reads_a_shard(path: Path) -> None:
     with pa.memory_map(str(path / "shards/train-00001.arrow")) as source:
         table = pa.ipc.open_file(source).read_all()
     assert table["input_ids"].to_pylist() == [row["input_ids"].tolist() for row in ROWS[30:50]]
-    assert table["teacher_hidden_states_00"][0].as_py() == pytest.approx(ROWS[30]["teacher_hidden_states_00"].astype("f4"))
+    assert table["teacher_hidden_states_00"][0].as_py() == pytest.approx(
+        ROWS[30]["teacher_hidden_states_00"].astype("f4")
+    )
     assert table["meta"].to_pylist() == [row["meta"] for row in ROWS[30:50]]
     described = json.loads(table.schema.metadata[b"predistill.fields"])
     assert [field["name"] for field in described] == [spec.name for spec in synthetic.FIELDS]
@@ -161,7 +161,9 @@ def test_datasets_reads_a_split_and_pickles_small(store: TeacherStore) -> None:
 
 
 def test_the_index_says_what_the_rows_hold(store: TeacherStore) -> None:
-    got = store.sql("SELECT sample_id, split, source_index, view, label, num_tokens, teacher_loss, meta FROM samples ORDER BY 1").fetchall()
+    got = store.sql(
+        "SELECT sample_id, split, source_index, view, label, num_tokens, teacher_loss, meta FROM samples ORDER BY 1"
+    ).fetchall()
     for i, (sample_id, split, source_index, view, label, tokens, loss, meta) in enumerate(got):
         row = ROWS[i]
         assert (sample_id, split) == (i, "train" if i < 70 else "validation")

@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import synthetic_store as synthetic
-
 from predistill.store import ConfigError, PredistillError, StoreCorrupt, StoreError, TeacherStore
 from predistill.store.index import contents
 from predistill.store.manifest import sealed
@@ -58,9 +57,12 @@ def test_truncated_missing_swapped_and_extra_files(path: Path) -> None:
     (shards / "train-00009.arrow").write_bytes(b"")
     (path / "notes.txt").write_text("mine")
     assert kinds(path) == {
-        ("shards/train-00000.arrow", "size"), ("shards/train-00002.arrow", "missing"), ("shards/train-00001.json", "missing"),
-        ("shards/train-00009.arrow", "extra"), ("notes.txt", "extra"),
-    }  # fmt: skip
+        ("shards/train-00000.arrow", "size"),
+        ("shards/train-00002.arrow", "missing"),
+        ("shards/train-00001.json", "missing"),
+        ("shards/train-00009.arrow", "extra"),
+        ("notes.txt", "extra"),
+    }
 
 
 def test_swapped_shards_are_found(path: Path) -> None:
@@ -108,7 +110,10 @@ def test_an_index_that_disagrees_is_found_and_made_anew(path: Path) -> None:
 
 def test_a_rebuilt_index_is_identical_in_content(path: Path, whole: Path) -> None:
     rebuild_index(path)
-    with duckdb.connect(str(path / "index.duckdb")) as new, duckdb.connect(str(whole / "index.duckdb"), read_only=True) as old:
+    with (
+        duckdb.connect(str(path / "index.duckdb")) as new,
+        duckdb.connect(str(whole / "index.duckdb"), read_only=True) as old,
+    ):
         assert contents(new) == contents(old)
         query = "SELECT * EXCLUDE (meta) FROM samples ORDER BY sample_id"
         assert new.sql(query).fetchall() == old.sql(query).fetchall()
@@ -133,20 +138,23 @@ def _set(where: list[Any], value: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-@pytest.mark.parametrize("change", [
-    _set(["plan", "shards", 0, "split"], "../../outside"),
-    _set(["shards", 0, "name"], "/etc/passwd"),
-    _set(["shards", 0, "name"], "train-00001"),
-    _set(["shards", 0, "rows"], 2**70),
-    _set(["shards", 0, "rows"], -1),
-    _set(["shards", 0, "bytes"], "many"),
-    _set(["shards"], []),
-    _set(["plan"], None),
-    _set(["plan", "fields"], [{"name": "x"}]),
-    _set(["plan", "fields", 0, "shape"], ["S"] * 3 + [-5]),
-    _set(["plan", "fields", 0, "shape"], [[["S"]]]),
-    _set(["plan", "shards", 0, "surprise"], 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        _set(["plan", "shards", 0, "split"], "../../outside"),
+        _set(["shards", 0, "name"], "/etc/passwd"),
+        _set(["shards", 0, "name"], "train-00001"),
+        _set(["shards", 0, "rows"], 2**70),
+        _set(["shards", 0, "rows"], -1),
+        _set(["shards", 0, "bytes"], "many"),
+        _set(["shards"], []),
+        _set(["plan"], None),
+        _set(["plan", "fields"], [{"name": "x"}]),
+        _set(["plan", "fields", 0, "shape"], ["S"] * 3 + [-5]),
+        _set(["plan", "fields", 0, "shape"], [[["S"]]]),
+        _set(["plan", "shards", 0, "surprise"], 1),
+    ],
+)
 def test_hostile_manifests_are_refused(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     forge(path, change)
     with pytest.raises(StoreError):
@@ -174,7 +182,10 @@ def rewrite(path: Path, change: Callable[[pa.RecordBatch], pa.RecordBatch], **op
 
 def replace(name: str, make: Callable[[pa.Array], pa.Array]) -> Callable[[pa.RecordBatch], pa.RecordBatch]:
     def change(batch: pa.RecordBatch) -> pa.RecordBatch:
-        columns = {column: make(batch.column(column)) if column == name else batch.column(column) for column in batch.schema.names}
+        columns = {
+            column: make(batch.column(column)) if column == name else batch.column(column)
+            for column in batch.schema.names
+        }
         made = pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
         return made.replace_schema_metadata(batch.schema.metadata)
 
@@ -190,21 +201,26 @@ def starts(values: list[int]) -> Callable[[pa.Array], pa.Array]:
     return make
 
 
-@pytest.mark.parametrize("change", [
-    replace("input_ids", starts([0, 2**40, 5])),
-    replace("input_ids", starts([0, 5, 1])),
-    replace("input_ids", starts([0, -7])),
-    replace("teacher_hidden_states_00", starts([0, 1, 2, 3])),
-    replace("teacher_attentions_01", starts([0, 3])),
-    replace("teacher_logits", lambda array: pa.array([None] * len(array), array.type)),
-    replace("teacher_logits", lambda array: pa.array(["x"] * len(array))),
-    replace("teacher_logits", lambda array: pa.array([[0.0] * 4] * len(array), pa.list_(pa.float16(), 4))),
-    lambda batch: batch.slice(0, 3),
-    lambda batch: batch.drop_columns(["teacher_logits"]),
-    lambda batch: batch.replace_schema_metadata({}),
-    lambda batch: batch.replace_schema_metadata({**batch.schema.metadata, b"predistill.fields": b"[" * 50_000}),
-])  # fmt: skip
-def test_hostile_shards_give_an_error_not_a_crash(path: Path, change: Callable[[pa.RecordBatch], pa.RecordBatch]) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        replace("input_ids", starts([0, 2**40, 5])),
+        replace("input_ids", starts([0, 5, 1])),
+        replace("input_ids", starts([0, -7])),
+        replace("teacher_hidden_states_00", starts([0, 1, 2, 3])),
+        replace("teacher_attentions_01", starts([0, 3])),
+        replace("teacher_logits", lambda array: pa.array([None] * len(array), array.type)),
+        replace("teacher_logits", lambda array: pa.array(["x"] * len(array))),
+        replace("teacher_logits", lambda array: pa.array([[0.0] * 4] * len(array), pa.list_(pa.float16(), 4))),
+        lambda batch: batch.slice(0, 3),
+        lambda batch: batch.drop_columns(["teacher_logits"]),
+        lambda batch: batch.replace_schema_metadata({}),
+        lambda batch: batch.replace_schema_metadata({**batch.schema.metadata, b"predistill.fields": b"[" * 50_000}),
+    ],
+)
+def test_hostile_shards_give_an_error_not_a_crash(
+    path: Path, change: Callable[[pa.RecordBatch], pa.RecordBatch]
+) -> None:
     rewrite(path, change)
     with pytest.raises(StoreCorrupt):
         TeacherStore.open(path).select()[list(range(30))]
@@ -243,20 +259,23 @@ def test_positions_past_the_row_are_refused(path: Path) -> None:
         TeacherStore.open(path).select()[list(range(30))]
 
 
-@pytest.mark.parametrize("query", [
-    "SELECT * FROM read_text('{secret}')",
-    "SELECT * FROM read_csv('{secret}')",
-    "COPY samples TO '{target}'",
-    "COPY (SELECT 1) TO '{target}' (FORMAT parquet)",
-    "ATTACH '{target}' AS other",
-    "INSTALL httpfs",
-    "SET enable_external_access = true",
-    "CREATE TABLE x AS SELECT 1",
-    "UPDATE samples SET label = 0",
-    "DROP TABLE samples",
-    "SELECT 1; COPY samples TO '{target}'",
-    "EXPORT DATABASE '{target}'",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT * FROM read_text('{secret}')",
+        "SELECT * FROM read_csv('{secret}')",
+        "COPY samples TO '{target}'",
+        "COPY (SELECT 1) TO '{target}' (FORMAT parquet)",
+        "ATTACH '{target}' AS other",
+        "INSTALL httpfs",
+        "SET enable_external_access = true",
+        "CREATE TABLE x AS SELECT 1",
+        "UPDATE samples SET label = 0",
+        "DROP TABLE samples",
+        "SELECT 1; COPY samples TO '{target}'",
+        "EXPORT DATABASE '{target}'",
+    ],
+)
 def test_sql_cannot_read_or_write_files(path: Path, tmp_path: Path, query: str) -> None:
     secret, target = tmp_path / "secret.csv", tmp_path / "target"
     secret.write_text("password\n")
@@ -275,7 +294,9 @@ def test_an_index_of_a_stranger_cannot_open_files(path: Path, tmp_path: Path) ->
     secret.write_text("password")
     with duckdb.connect(str(path / "index.duckdb")) as connection:
         connection.execute("ALTER TABLE samples RENAME TO mine")
-        connection.execute(f"CREATE VIEW samples AS SELECT m.*, t.content AS stolen FROM mine m, read_text('{secret}') t")
+        connection.execute(
+            f"CREATE VIEW samples AS SELECT m.*, t.content AS stolen FROM mine m, read_text('{secret}') t"
+        )
     with TeacherStore.open(path) as store, pytest.raises(PredistillError):
         store.select(where="stolen = 'password'")
 
@@ -283,7 +304,17 @@ def test_an_index_of_a_stranger_cannot_open_files(path: Path, tmp_path: Path) ->
 def test_describe_says_what_is_there(path: Path) -> None:
     found = describe(path)
     assert found["complete"] and found["format_version"] == 1 and found["task"] == "text-classification"
-    assert found["splits"]["train"] == {"samples": 70, "shards": 3, "tokens": sum(len(row["input_ids"]) for row in synthetic.all_rows()[:70])}
+    assert found["splits"]["train"] == {
+        "samples": 70,
+        "shards": 3,
+        "tokens": sum(len(row["input_ids"]) for row in synthetic.all_rows()[:70]),
+    }
     assert set(found["fields"]) == {spec.name for spec in synthetic.FIELDS}
-    assert found["fields"]["teacher_logits"] == {"codec": "dense", "dtype": "float16", "shape": [3], "role": "teacher", "bytes": 80 * 6}
+    assert found["fields"]["teacher_logits"] == {
+        "codec": "dense",
+        "dtype": "float16",
+        "shape": [3],
+        "role": "teacher",
+        "bytes": 80 * 6,
+    }
     assert found["teacher"] == {"name": "a/path", "weights_sha256": "0" * 64}

@@ -14,11 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import synthetic_store as synthetic
-
 from predistill.store import (
-    ConfigError, FormatVersionError, OutOfSpace, StoreCorrupt, StoreError, StoreIncomplete, StoreMismatch, StoreWriter,
+    ConfigError,
+    FormatVersionError,
+    OutOfSpace,
+    StoreCorrupt,
+    StoreError,
+    StoreIncomplete,
+    StoreMismatch,
+    StoreWriter,
     TeacherStore,
-)  # fmt: skip
+)
 from predistill.store.identity import content_hash, tokenizer_sha256, weights_sha256
 from predistill.store.verify import describe, verify
 
@@ -73,7 +79,9 @@ def test_another_setting_is_refused_by_name(tmp_path: Path, whole: Path) -> None
         StoreWriter.begin(whole, synthetic.plan(dtype="float32"))
     other = synthetic.plan()
     other.identity["teacher"] = {"name": "elsewhere", "weights_sha256": "f" * 64}
-    with pytest.raises(StoreMismatch, match="identity.teacher.weights_sha256 differs: the store has 000000000000, this"):
+    with pytest.raises(
+        StoreMismatch, match="identity.teacher.weights_sha256 differs: the store has 000000000000, this"
+    ):
         StoreWriter.begin(whole, other)
     assert verify(whole)["ok"]
 
@@ -131,7 +139,9 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, whole: Path) ->
         builder = synthetic.fill(writer, synthetic.SHARDS[1])
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
         try:
-            with pytest.raises(OutOfSpace, match="GB free\\); what was committed is safe: make room, then run the same"):
+            with pytest.raises(
+                OutOfSpace, match="GB free\\); what was committed is safe: make room, then run the same"
+            ):
                 writer.commit(builder)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -201,7 +211,9 @@ def test_a_tokenizers_hash_is_of_content_not_of_its_last_call(tiny_tokenizer_dir
     assert tokenizer_sha256(tokenizer) != before
 
 
-def test_a_weights_hash_follows_content(tiny_teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weights_hash_follows_content(
+    tiny_teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     before = weights_sha256(tiny_teacher_dir)
     copy = tmp_path / "copy"
@@ -219,7 +231,8 @@ def test_no_pandas_is_imported_by_reading(whole: Path) -> None:
     code = (
         "import sys; from predistill.store import TeacherStore\n"
         f"store = TeacherStore.open({str(whole)!r})\n"
-        "rows = store.select('train', where='label >= 0'); rows[[0, 1]]; list(rows.batches([[0], [1]])); rows.column('labels')\n"
+        "rows = store.select('train', where='label >= 0')\n"
+        "rows[[0, 1]]; list(rows.batches([[0], [1]])); rows.column('labels')\n"
         "store.sql('SELECT count(*) FROM samples').fetchall()\n"
         "found = {'pandas', 'torch', 'transformers', 'datasets'} & set(sys.modules); assert not found, found"
     )
