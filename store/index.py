@@ -40,7 +40,8 @@ def build(folder: Path, made: Mapping[str, Any]) -> None:
             fill(connection, folder, made)
             connection.sql("SELECT * FROM samples ORDER BY sample_id").write_parquet(str(parquet), compression="zstd")
     except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
-        temporary.unlink(missing_ok=True)
+        for path in (temporary, Path(f"{temporary}.wal"), parquet):
+            path.unlink(missing_ok=True)
         raise OutOfSpace(
             f"{folder}: the index could not be written ({str(error).splitlines()[0]}); the shards are safe: "
             "make room, then run the same dump again"

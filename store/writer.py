@@ -33,6 +33,7 @@ from .manifest import Plan, shard_path
 from .shard import ShardBuilder, ShardPlan, fsync_folder, write_arrow
 
 INFORMATION = ("identity.teacher.name", "identity.dataset.name", "identity.tokenizer.name")  # paths are no identity
+FOLDERS = ("tokenizer", "processor")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -204,24 +205,35 @@ def _take_lock(path: Path) -> IO[bytes]:
 
 
 def _clear(path: Path) -> None:
-    """Make the store unfinished first, then empty, so that a kill between leaves nothing that looks whole."""
-    for name in (manifest.MANIFEST, manifest.PLAN, manifest.INDEX, manifest.SAMPLES, manifest.CARD):
+    """Manifest first and plan last, so that a kill between leaves an unfinished store, never a folder of no kind."""
+    for name in (manifest.MANIFEST, manifest.INDEX, manifest.SAMPLES, manifest.CARD):
         (path / name).unlink(missing_ok=True)
+    for name in FOLDERS:
+        shutil.rmtree(path / name, ignore_errors=True)
     for file in (path / manifest.SHARDS).iterdir():
         file.unlink()
+    (path / manifest.PLAN).unlink(missing_ok=True)
 
 
 def _replace_folder(target: Path, source: Path) -> None:
     temporary = target.with_name(target.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(source, temporary)
+    for file in temporary.rglob("*"):
+        with open(file, "rb") if file.is_file() else contextlib.nullcontext() as copied:
+            if copied is not None:
+                os.fsync(copied.fileno())
     shutil.rmtree(target, ignore_errors=True)
     os.replace(temporary, target)
+    fsync_folder(target.parent)
 
 
 def _write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
