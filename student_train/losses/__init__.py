@@ -1,0 +1,74 @@
+"""Loss terms: pure functions of tensors, one value a row.
+
+Letters: B rows, S tokens, C classes, T temperature; `[...]` any leading shape ([B], or [B, S]).
+Nothing here reduces over rows: whoever calls masks, sums, and divides by its own denominator. Half-precision
+logits are computed in float32, float64 stays float64. The teacher is a constant: no gradient reaches it.
+
+terms.py     names, options and presets; imports no torch
+    Term(name, loss="", weight=1.0, temperature=None, options={})  name: "labels" | "pseudo_labels" | "logits"
+    TERMS, LOGIT_LOSSES: dict[str, LossSpec]      what may be asked for, and of which head
+    PRESETS: dict[str, (temperature=None, alpha=None) -> tuple[Term, ...]]     None = as published
+    parse_loss("jsd:beta=0.5,temperature=2") -> Term
+    mixture(alpha, term) -> (labels term of weight 1 - alpha, term of weight alpha)
+    check_term(term, problem_type, num_labels) -> None, or ConfigError
+rows.py      a Term meets its function
+    row_loss(term, student_logits, teacher_logits=None, labels=None, *,
+             problem_type="single_label_classification", temperature=1.0) -> (loss [...], valid bool [...]);
+             temperature is used where term.temperature is None
+    LOGIT_FUNCTIONS: dict[problem_type, dict[loss name, function]]
+logits.py    f(student_logits [..., C], teacher_logits [..., C], *, temperature=1.0) -> [...], T^2 applied
+    kl_divergence, reverse_kl_divergence, generalized_jsd(beta=0.5), total_variation, soft_cross_entropy, mse,
+    nlp_architect_mse, dkd(labels=None, alpha=1.0, beta=8.0); standardize_logits(logits) -> logits
+binary.py    the same for multi-label heads, each class a Bernoulli, mean over classes
+    binary_kl_divergence, binary_reverse_kl_divergence, binary_generalized_jsd(beta=0.5),
+    binary_total_variation, binary_soft_cross_entropy
+labels.py
+    label_loss(logits [..., C], labels, problem_type) -> (loss [...], valid bool [...])
+    pseudo_label_loss(student_logits, teacher_logits, problem_type, *, threshold=0.0, labels=None) -> the same
+
+A further family (hidden states, attentions, relations, sparse logits) is one file here, one line in
+`terms.TERMS` and one in `rows.row_loss`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "terms": ("LOGIT_LOSSES", "PRESETS", "TERMS", "LossSpec", "Term", "check_term", "mixture", "parse_loss"),
+    "rows": ("LOGIT_FUNCTIONS", "row_loss"),
+    "labels": ("label_loss", "pseudo_label_loss"),
+    "logits": (
+        "dkd",
+        "generalized_jsd",
+        "kl_divergence",
+        "mse",
+        "nlp_architect_mse",
+        "reverse_kl_divergence",
+        "soft_cross_entropy",
+        "standardize_logits",
+        "total_variation",
+    ),
+    "binary": (
+        "binary_generalized_jsd",
+        "binary_kl_divergence",
+        "binary_reverse_kl_divergence",
+        "binary_soft_cross_entropy",
+        "binary_total_variation",
+    ),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    """Load a name from its module at first use: settings import `losses.terms` without torch."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
