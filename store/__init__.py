@@ -1,6 +1,6 @@
 """The ground floor: what both phases must agree on. FORMAT.md is the on-disk format on one page.
 
-    errors  <-  schema  <-  codecs  <-  shard  <-  manifest  <-  index  <-  writer, reader (gather, prefetch), verify
+    errors <- schema <- codecs <- shard <- manifest <- index <- writer, reader (rows, gather, prefetch), verify
 
 Names load when first used, so that `predistill --help` reads neither pyarrow nor duckdb.
 """

@@ -11,17 +11,19 @@ import errno
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .gather import Allocate, Gather, Slot, row_ranges
+from .gather import Allocate, Gather, Slot
+from .rows import row_ranges
 
 CHUNK_BYTES = 4 << 20
 CHUNK_BATCHES = 256
 _PROBES = 4  # pages looked at before a chunk is taken to be warm
+_LONGEST_REST = 64  # chunks that are not probed after a run of warm ones
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 
 
@@ -66,6 +68,7 @@ class Prefetcher:
         self._allocate = allocate
         for _ in range(max(buffers, 2)):
             self._free.put([])
+        self._rest, self._resting = 0, 0  # chunks not to probe: doubled by each warm one, none after a cold one
         self._stop = threading.Event()
         self._generator = np.random.default_rng(0)  # which pages to probe; never which rows to read
         self._thread = threading.Thread(target=self._work, name="predistill-prefetch", daemon=True)
@@ -136,21 +139,23 @@ class Prefetcher:
         return [{name: values[begin:end] for name, values in items} for begin, end in chunk.cuts]
 
     def _ask_for(self, chunk: _Chunk) -> None:
-        if not hasattr(os, "posix_fadvise"):
+        """Ask for a chunk's pages where a probe finds them cold."""
+        if self._resting > 0 or not hasattr(os, "posix_fadvise"):
+            self._resting -= 1
             return
         ranges = row_ranges(self._gather, chunk.rows)
-        total = sum(len(found) for found in ranges.values())
-        probes = set(self._generator.integers(0, total, _PROBES).tolist()) if total else set()
-        cold, seen = False, 0
-        for shard, found in ranges.items():
-            picked = [at - seen for at in probes if seen <= at < seen + len(found)]
-            seen += len(found)
-            if picked and _is_cold(self._paths[shard], found[picked]):
-                cold = True
-                break
-        if cold:
+        if any(_is_cold(self._paths[shard], found) for shard, found in self._sample(ranges)):
+            self._rest = self._resting = 0
             for shard, found in ranges.items():
                 advise(self._paths[shard], found)
+        else:
+            self._rest = self._resting = min(max(1, 2 * self._rest), _LONGEST_REST)
+
+    def _sample(self, ranges: Mapping[int, np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+        shards = list(ranges)
+        for at in self._generator.integers(0, len(shards), _PROBES if shards else 0).tolist():
+            found = ranges[shards[at]]
+            yield shards[at], found[self._generator.integers(0, len(found), 1)]
 
 
 def _is_cold(path: str, ranges: np.ndarray) -> bool:

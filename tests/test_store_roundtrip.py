@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import synthetic_store as synthetic
-from predistill.store import ConfigError, TeacherStore
+from predistill.store import ConfigError, TeacherStore, gather
 
 ROWS = synthetic.all_rows()
 POSITIONED = ("teacher_positions", "teacher_completion_logits")
@@ -78,8 +78,12 @@ def test_empty_requests_give_empty_arrays(store: TeacherStore) -> None:
     assert batch["input_ids"].shape == (0, 0) and batch["teacher_feature_map"].shape == (0, 2, 3, 4)
 
 
+@pytest.mark.parametrize("wide", [0, 100, gather.WIDE])  # every row copied by itself, some, none of these
 @pytest.mark.parametrize("size", [1, 5, 32])
-def test_batches_are_the_rows_in_the_order_asked_for(store: TeacherStore, size: int) -> None:
+def test_batches_are_the_rows_in_the_order_asked_for(
+    store: TeacherStore, size: int, wide: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gather, "WIDE", wide)
     rng = np.random.default_rng(size)
     ids = [rng.integers(0, 80, size).tolist() for _ in range(40)]
     for asked, batch in zip(ids, store.select().batches(ids), strict=True):
