@@ -1,0 +1,195 @@
+"""stdout is data: one JSON document, CSV, or a table; whatever libraries print goes to stderr."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TextIO
+
+from .flags import format_size
+
+TABLE_ROWS = 1000  # more are for csv and json
+
+
+@contextmanager
+def data_stream() -> Iterator[TextIO]:
+    """A stream onto the real stdout; meanwhile, and for what libraries flush at exit, file descriptor 1 is stderr."""
+    sys.stdout.flush()
+    try:
+        is_real = sys.stdout.fileno() == 1
+    except (OSError, ValueError):
+        is_real = False
+    if not is_real:
+        replaced = sys.stdout
+        with redirect_stdout(sys.stderr):
+            yield replaced
+        return
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    with open(kept, "w", encoding="utf-8", closefd=True) as stream, redirect_stdout(sys.stderr):
+        yield stream
+
+
+def emit(stream: TextIO, value: Any, json_wanted: bool, page: Callable[[TextIO, Any], None]) -> None:
+    """The result of a command: as one JSON document, or as a page for people."""
+    if json_wanted:
+        stream.write(as_json(value) + "\n")
+    else:
+        page(stream, value)
+
+
+def as_json(value: Any) -> str:
+    """One JSON document; NaN and infinities, which JSON has not, are null."""
+    return json.dumps(_plain(value), indent=2, ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(each) for each in value]
+    if hasattr(value, "tolist"):  # numpy
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, bytes | bytearray):
+        return value.hex()
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
+def write_json_rows(stream: TextIO, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A JSON array of one object a row, written as the rows come."""
+    opened = "["
+    for row in rows:
+        stream.write(f"{opened}\n  {json.dumps(_plain(dict(zip(columns, row, strict=True))), ensure_ascii=False)}")
+        opened = ","
+    stream.write("[]\n" if opened == "[" else "\n]\n")
+
+
+def write_csv_rows(stream: TextIO, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """RFC 4180, with \\n as line end; an empty cell is NULL."""
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([cell.hex() if isinstance(cell, bytes) else cell for cell in row] for row in rows)
+
+
+def write_table(stream: TextIO, columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> None:
+    """Columns for people, drawn by rich on a terminal and plain elsewhere; numbers stand to the right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = [list(row) for row in rows]
+    terminal = stream.isatty()
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD if terminal else None,
+                  show_header=any(columns), pad_edge=False)  # fmt: skip
+    for at, name in enumerate(columns):
+        numbers = all(isinstance(row[at], int | float) for row in shown if row[at] is not None)
+        table.add_column(Text(name), justify="right" if numbers and shown else "left", overflow="fold")
+    for row in shown:
+        table.add_row(*(Text(_cell(cell)) for cell in row))
+    Console(file=stream, width=None if terminal else 10_000, highlight=False).print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.1f}"
+    if isinstance(value, bytes):
+        return value.hex()
+    return "" if value is None else str(value)
+
+
+# ---- one page a command ----
+
+
+def pairs_page(stream: TextIO, found: Mapping[str, Any]) -> None:
+    write_table(stream, ("", ""), found.items())
+
+
+def info_page(stream: TextIO, found: Mapping[str, Any]) -> None:
+    """What `info` and `dump` say: keys of the JSON document, short."""
+    made_from = {name: _named(found.get(name)) for name in ("teacher", "tokenizer", "dataset")}
+    about = {
+        "store": found.get("path"),
+        "task": found.get("task"),
+        "state": "complete" if found.get("complete") else "unfinished: the same dump goes on",
+        "size": format_size(found.get("bytes", 0)),
+        "labels": ", ".join(found.get("label_names") or ()) or None,
+        **made_from,
+    }
+    if "seconds" in found:
+        about["time"] = f"{found['seconds']:,.1f} s, the teacher {found['teacher_seconds']:,.1f} s"
+        about["speed"] = f"{found['tokens_per_second']:,.0f} tokens a second"
+    pairs_page(stream, {name: value for name, value in about.items() if value})
+    splits = [(name, *(split[key] for key in ("samples", "shards", "tokens"))) for name, split in found["splits"].items()]
+    stream.write("\n")
+    write_table(stream, ("split", "samples", "shards", "tokens"), splits)
+    fields = [(name, field["codec"], field["dtype"], format_size(field["bytes"])) for name, field in found["fields"].items()]
+    stream.write("\n")
+    write_table(stream, ("field", "codec", "dtype", "size"), fields)
+
+
+def _named(identity: Any) -> str | None:
+    """The name of a teacher, tokenizer or dataset, with the start of its hash."""
+    if not isinstance(identity, Mapping):
+        return None if identity is None else str(identity)
+    name = next((identity[key] for key in ("name", "id", "path", "class") if identity.get(key)), "")
+    digest = next((str(value) for key, value in identity.items() if "sha256" in key and value), "")
+    return " ".join(part for part in (str(name), digest[:12]) if part)
+
+
+def plan_page(stream: TextIO, found: Mapping[str, Any]) -> None:
+    pairs_page(stream, {
+        "samples": f"{found['samples']:,}",
+        "size": f"{format_size(found['bytes'])}, {found['bytes_per_sample']:,.1f} bytes a sample",
+        "shards": found["shards"],
+        "time": f"{found['seconds']:,.0f} s, from a pilot",
+        "free on disk": format_size(found["free_bytes"]),
+    })  # fmt: skip
+
+
+def verify_page(stream: TextIO, found: Mapping[str, Any]) -> None:
+    what = f"{found['shards']} shards, {found['samples']:,} samples, {format_size(found['bytes'])}"
+    stream.write(f"ok: {what}\n" if found["ok"] else f"{len(found['problems'])} problems in {what}\n")
+    if found["problems"]:
+        write_table(stream, ("file", "kind", "what"), [(each["path"], each["kind"], each["detail"]) for each in found["problems"]])
+
+
+def metrics_page(stream: TextIO, found: Mapping[str, Any]) -> None:
+    pairs_page(stream, found)
+
+
+def quickstart_page(stream: TextIO, found: Mapping[str, Any]) -> None:
+    from .quickstart import COLUMNS, told
+
+    write_table(stream, COLUMNS, ([row.get(name) for name in COLUMNS] for row in found["table"]))
+    stream.write("\n" + told(found) + "\n")
+
+
+# ---- query ----
+
+FORMATS = {"table": None, "csv": write_csv_rows, "json": write_json_rows}
+
+
+def write_relation(stream: TextIO, relation: Any, form: str) -> None:
+    """A DuckDB relation as a table (its first 1000 rows), csv or json."""
+    rows = _rows(relation)
+    write = FORMATS[form]
+    if write is not None:
+        write(stream, relation.columns, rows)
+        return
+    write_table(stream, relation.columns, itertools.islice(rows, TABLE_ROWS))
+    if next(rows, None) is not None:
+        print(f"The first {TABLE_ROWS} rows; --format csv or json gives all.", file=sys.stderr)
+
+
+def _rows(relation: Any) -> Iterator[tuple[Any, ...]]:
+    while some := relation.fetchmany(TABLE_ROWS):
+        yield from some
