@@ -1,0 +1,98 @@
+"""Threads beside the teacher: one that does jobs in order, one that makes the next thing."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from types import TracebackType
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+class Background:
+    """Jobs run one after another in one thread; `put` waits while `waiting` of them are queued.
+
+    A job that fails ends it: its exception is raised by the next `put`, or by `close`. Left by an exception (Ctrl-C
+    among them), the job that runs is finished and those that wait are dropped.
+    """
+
+    def __init__(self, waiting: int = 4):
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(waiting)
+        self._failure: BaseException | None = None
+        self._dropping = False
+        self._thread = threading.Thread(target=self._work, name="predistill-writer", daemon=True)
+        self._thread.start()
+
+    def put(self, job: Callable[[], None]) -> None:
+        self._raise()
+        self._jobs.put(job)
+
+    def close(self) -> None:
+        """Wait for what was put. Raises what a job raised; a second close does nothing."""
+        if self._thread.is_alive():
+            self._jobs.put(None)
+            self._thread.join()
+        self._raise()
+
+    def drop(self) -> None:
+        """Stop after the job that runs."""
+        self._dropping = True
+        if self._thread.is_alive():
+            self._jobs.put(None)
+            self._thread.join()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            if self._failure is None and not self._dropping:
+                try:
+                    job()
+                except BaseException as error:  # handed to the caller, KeyboardInterrupt too
+                    self._failure = error
+
+    def _raise(self) -> None:
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            self._dropping = True
+            raise failure
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.drop()
+
+
+class Ahead(Generic[Item, Made]):
+    """Iterates over `make(item)`, one made in a thread beside the one in use; the first begins at once."""
+
+    def __init__(self, make: Callable[[Item], Made], items: Sequence[Item]):
+        self._pool = ThreadPoolExecutor(1, "predistill-tokenizer")
+        self._make, self._items = make, list(items)
+        self._next = self._submit(0)
+
+    def __iter__(self) -> Iterator[Made]:
+        for at in range(len(self._items)):
+            made = self._next.result()
+            if at + 1 < len(self._items):
+                self._next = self._submit(at + 1)
+            yield made
+
+    def wait(self) -> None:
+        """Until what is being made is ready."""
+        wait([self._next])
+
+    def _submit(self, at: int) -> Future[Made]:
+        return self._pool.submit(self._make, self._items[at])
+
+    def __enter__(self) -> Ahead[Item, Made]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)

@@ -1,0 +1,180 @@
+"""Phase 1, top to bottom: rows, teacher, plan, shards, index. Run once; the same call again continues it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..store import ConfigError, Plan, ShardPlan, StoreWriter, describe, manifest, schema
+from ..store.writer import check_folder
+from . import planning
+from .background import Ahead, Background
+from .capture import Capture, token_batches
+from .card import dataset_card
+from .config import DumpConfig
+from .data import SourceData, load_rows
+from .disk import check_room
+from .progress import DumpProgress, say
+from .shards import Prepared, ShardKeeper, Tally, carried_fields, prepare
+from .survey import Survey, survey
+from .tasks import Task, task_class
+from .teacher import Teacher, slow_dtype
+
+_TAKEN = ("sample_id", "split", "shard", "row", "num_tokens", "label", *schema.ADDRESS_COLUMNS, schema.ATTENTION_MASK)
+_PILOT_SHARE = 50  # a dump gives its pilot at most one row in this many
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything known before the teacher runs."""
+
+    source: SourceData
+    teacher: Teacher
+    task: Task
+    pilot: planning.Pilot
+    plan: Plan
+    tokens_per_batch: int
+
+
+def dump(config: DumpConfig) -> dict[str, Any]:
+    """Run the teacher over the rows and keep what it says in `config.output_dir`.
+
+    Returns what `describe` says of the store, and seconds, teacher_seconds and tokens_per_second of this run; with
+    `dry_run`, what `plan` returns. Raises ConfigError, DataError, StoreMismatch (the folder holds a dump of other
+    settings), StoreError (another dump is writing there), OutOfSpace. Whatever stops it, committed shards stay.
+    """
+    if config.dry_run:
+        return plan(config)
+    began, folder, tally = time.perf_counter(), Path(config.output_dir).expanduser(), Tally()
+    job = _prepare(config)
+    done = _committed(folder)
+    overwrite = config.overwrite or not done  # a plan of which nothing is committed yet holds nobody to it
+    left = sum(shard.stop - shard.start for shard in job.plan.shards if overwrite or shard.name not in done)
+    check_room(folder, round(left * job.pilot.bytes) - (sum(done.values()) if overwrite else 0))
+    with StoreWriter.begin(folder, job.plan, overwrite) as writer:
+        missing = writer.missing()
+        if missing or not (folder / manifest.MANIFEST).exists():
+            _run_shards(config, job, writer, missing, tally)
+            _finish(job, writer)
+    seconds = time.perf_counter() - began
+    return {
+        **describe(folder), "seconds": round(seconds, 3), "teacher_seconds": round(tally.teacher_seconds, 3),
+        "tokens_per_second": round(tally.tokens / seconds, 1),
+    }  # fmt: skip
+
+
+def plan(config: DumpConfig) -> dict[str, Any]:
+    """Size and time of a dump, measured on a few rows; writes nothing.
+
+    Returns {"bytes", "bytes_per_sample", "shards", "samples", "tokens", "seconds", "free_bytes"}.
+    """
+    job = _prepare(config)
+    return _measure(config, job, Capture(job.teacher, job.task), planning.PILOT_ROWS, job.plan.shards)
+
+
+def _prepare(config: DumpConfig) -> Job:
+    """Rows loaded, checked and hashed, the teacher identified, shards planned."""
+    check_folder(Path(config.output_dir).expanduser())
+    source = load_rows(config)
+    kind = task_class(config.task)
+    teacher = Teacher(config, kind.model_class)
+    task: Task = kind(config, teacher, source)
+    checked = survey(source, task, config.keep_columns)
+    for line in task.notices:
+        say(f"note: {line}")
+    fields = [*task.fields, *carried_fields(source, config.keep_columns)]
+    _check_kept(config.keep_columns, task)
+    pilot = planning.look(source, task, fields, checked.carried_bytes)
+    shards = planning.plan_shards(source, pilot, config.shard_size, teacher)
+    per_batch = planning.tokens_per_batch(config, teacher)
+    settings = {
+        **task.settings, "splits": list(source.splits), "keep_columns": config.keep_columns,
+        "tokens_per_batch": per_batch, "shard_size": config.shard_size,
+    }  # fmt: skip
+    made = Plan(config.task, settings, _identity(source, teacher, checked), fields, shards, task.label_names)
+    return Job(source, teacher, task, pilot, made, per_batch)
+
+
+def _run_shards(config: DumpConfig, job: Job, writer: StoreWriter, missing: list[ShardPlan], tally: Tally) -> None:
+    """Tokenising the next shard, and encoding and writing what came, go on beside the teacher."""
+    if not missing:
+        return
+    make = partial(prepare, job.source, job.task, config.keep_columns)
+    rows = sum(shard.stop - shard.start for shard in missing)
+    with Ahead(make, missing) as prepared, Background() as background:
+        capture = Capture(job.teacher, job.task)
+        prepared.wait()  # tokenising beside it would slow the pilot down
+        _measure(config, job, capture, rows // _PILOT_SHARE, missing)
+        with DumpProgress(rows, rows * job.pilot.tokens, tally) as progress:
+            for shard, ready in zip(missing, prepared, strict=True):
+                progress.expect(len(ready.samples) * job.pilot.tokens, int(ready.samples.lengths["S"].sum()))
+                keeper = ShardKeeper(writer, job.task, shard, ready, tally)
+                _run_shard(job, ready, capture, keeper, background, progress)
+            background.close()
+    if cut := tally.notes.get("truncated"):
+        say(f"note: {cut} of {tally.rows} rows were longer than {job.plan.settings['max_length']} tokens and were cut")
+
+
+def _run_shard(job: Job, ready: Prepared, capture: Capture, keeper: ShardKeeper, background: Background,
+               progress: DumpProgress) -> None:  # fmt: skip
+    lengths = ready.samples.lengths["S"]
+    background.put(keeper.keep_inputs)
+    for rows in token_batches(lengths, job.tokens_per_batch):
+        background.put(partial(keeper.keep, rows, capture(ready.samples, rows)))
+        progress.advance(len(rows), int(lengths[rows].sum()))
+    background.put(keeper.commit)
+
+
+def _measure(config: DumpConfig, job: Job, capture: Capture, rows: int, shards: list[ShardPlan]) -> dict[str, Any]:
+    """The pilot: how fast the teacher is here, and whether it agrees with the labels; said before all is run."""
+    if line := slow_dtype(capture.dtype, capture.device):
+        say(f"note: {line}")
+    seconds_per_token, disagrees = planning.time_teacher(capture, job.pilot, job.tokens_per_batch, rows)
+    if disagrees:
+        say(f"note: {disagrees}")
+    folder = Path(config.output_dir).expanduser()
+    found = planning.figures(job.pilot, job.source.rows, len(job.plan.shards), seconds_per_token, folder)
+    share = sum(shard.stop - shard.start for shard in shards) / job.source.rows
+    time_left = f", about {found['seconds'] * share:.0f} s" if found["seconds"] else ""
+    say(
+        f"{found['samples']} rows of {job.pilot.tokens:.1f} tokens: {found['bytes'] / 1e6:.1f} MB in {found['shards']} "
+        f"shards ({found['bytes_per_sample']:.0f} bytes a row), {len(shards)} to do{time_left}; "
+        f"{found['free_bytes'] / 1e9:.1f} GB free"
+    )
+    return found
+
+
+def _finish(job: Job, writer: StoreWriter) -> None:
+    """Index, tokenizer, card, manifest."""
+    committed = manifest.committed(writer.path, writer.plan)
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = job.teacher.save_tokenizer(Path(scratch) / "tokenizer")
+        writer.finish(dataset_card(writer.plan, committed, writer.path.resolve().name), {"tokenizer": tokenizer})
+
+
+def _identity(source: SourceData, teacher: Teacher, checked: Survey) -> dict[str, Any]:
+    found = teacher.identity()
+    found["dataset"] = {
+        "name": source.name, "revision": source.revision, "rows": source.rows, "rows_sha256": checked.rows_sha256,
+    }  # fmt: skip
+    found["versions"]["predistill"] = importlib.metadata.version("predistill")
+    return found
+
+
+def _check_kept(kept: list[str], task: Task) -> None:
+    taken = {*_TAKEN, *(spec.name for spec in task.fields)}
+    for name in kept:
+        if name in taken:
+            raise ConfigError(f"--keep-columns {name}: the store has a column of that name; rename it in the dataset")
+
+
+def _committed(folder: Path) -> dict[str, int]:
+    """Bytes of the shards that a dump has committed there."""
+    if not (folder / manifest.PLAN).exists():
+        return {}
+    return {name: entry["bytes"] for name, entry in manifest.committed(folder, manifest.read_plan(folder)).items()}

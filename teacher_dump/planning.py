@@ -1,0 +1,109 @@
+"""How large, how many shards, how long: from a few rows spread over the data."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..store import FieldSpec, ShardPlan, bytes_per_row
+from ..store.schema import LABELS
+from .capture import Capture, token_batches
+from .config import DumpConfig
+from .data import SourceData, read
+from .disk import free_bytes
+from .label_names import disagreement
+from .tasks import Samples, Task
+from .teacher import Teacher
+
+PILOT_ROWS = 1000  # tokenised to learn how long rows are
+PILOT_SECONDS = 1.0  # of the teacher's time
+TOKENS_PER_BATCH = {"cpu": 4096}  # measured with a MiniLM on 2 cores: 4096 is 1.7 times 256, and as fast as 16384
+TOKENS_ON_DEVICES = 32768
+SHARD_WORK = {"cpu": 2e13}  # floating-point operations: some ten minutes, which is what a kill can lose
+SHARD_WORK_ON_DEVICES = 2e16
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """What a few rows tell of all. samples: those rows; tokens and bytes: a row on average."""
+
+    split: str
+    samples: Samples
+    tokens: float
+    bytes: float
+
+
+def tokens_per_batch(config: DumpConfig, teacher: Teacher) -> int:
+    return config.tokens_per_batch or TOKENS_PER_BATCH.get(teacher.device.type, TOKENS_ON_DEVICES)
+
+
+def look(source: SourceData, task: Task, fields: list[FieldSpec], carried_bytes: float) -> Pilot:
+    """Tokenise rows spread evenly over each split; the same rows for the same data."""
+    lengths, largest = [], max(source.splits, key=lambda split: len(source.splits[split]))
+    for split, rows in source.splits.items():
+        count = min(len(rows), max(1, PILOT_ROWS * len(rows) // source.rows))
+        at = np.linspace(0, len(rows) - 1, count).astype(np.int64)
+        made = task.prepare(split, at, read(rows, task.columns, at.tolist()))
+        lengths.append(made.lengths["S"])
+        if split == largest:
+            samples = made
+    tokens = float(np.concatenate(lengths).mean())
+    return Pilot(largest, samples, tokens, bytes_per_row(fields, {"S": tokens, "*": 1}) + carried_bytes)
+
+
+def plan_shards(source: SourceData, pilot: Pilot, shard_size: int, teacher: Teacher) -> list[ShardPlan]:
+    """Contiguous ranges of rows, near-equal within a split, of at most `shard_size` bytes and some minutes' work."""
+    work = SHARD_WORK.get(teacher.device.type, SHARD_WORK_ON_DEVICES)
+    limit = max(1, int(min(shard_size / pilot.bytes, work / (2 * teacher.parameters * pilot.tokens))))
+    shards = []
+    for split, rows in source.splits.items():
+        count = math.ceil(len(rows) / limit)
+        bounds = [len(rows) * at // count for at in range(count + 1)]
+        shards += [ShardPlan(split, at, bounds[at], bounds[at + 1]) for at in range(count)]
+    return shards
+
+
+def time_teacher(capture: Capture, pilot: Pilot, per_batch: int, rows: int) -> tuple[float, str | None]:
+    """(seconds a token, a line on labels or None) from at most `rows` pilot rows, in batches that double until
+    PILOT_SECONDS are spent. The first batch warms up and does not count."""
+    samples, rows = pilot.samples, min(rows, len(pilot.samples))
+    order = np.random.default_rng(0).permutation(len(samples))[:rows]  # any batch is a fair sample
+    spent, tokens, logits, taken, size = 0.0, 0, [], 0, 8
+    while taken < rows and spent < PILOT_SECONDS:
+        chosen = order[taken : taken + size]
+        began = time.perf_counter()
+        for batch in token_batches(samples.lengths["S"][chosen], per_batch):
+            logits.append((chosen[batch], capture(samples, chosen[batch]).arrays()["logits"]))
+        if taken:
+            spent, tokens = time.perf_counter() - began, int(samples.lengths["S"][chosen].sum())
+        taken, size = taken + size, size * 2
+    if not logits:
+        return 0.0, None
+    return spent / max(tokens, 1), _agreement(samples, logits)
+
+
+def _agreement(samples: Samples, logits: list[tuple[np.ndarray, np.ndarray]]) -> str | None:
+    labels = samples.values.get(LABELS)
+    if labels is None or labels.dtype != np.int64 or labels.ndim != 1:
+        return None
+    rows = np.concatenate([at for at, _ in logits])
+    predictions = np.concatenate([values.argmax(axis=1) for _, values in logits])
+    return disagreement(labels[rows], predictions, logits[0][1].shape[1])
+
+
+def figures(pilot: Pilot, rows: int, shards: int, seconds_per_token: float, folder: Path) -> dict[str, Any]:
+    """What `predistill plan --json` says: bytes of the shards, seconds of the teacher."""
+    return {
+        "bytes": round(pilot.bytes * rows),
+        "bytes_per_sample": round(pilot.bytes, 2),
+        "shards": shards,
+        "samples": rows,
+        "tokens": round(pilot.tokens * rows),
+        "seconds": round(seconds_per_token * pilot.tokens * rows, 3),
+        "free_bytes": free_bytes(folder),
+    }

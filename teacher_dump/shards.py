@@ -1,0 +1,99 @@
+"""One shard, from source rows to a committed file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ..store import FieldSpec, ShardPlan, StoreWriter
+from .capture import Captured
+from .data import SourceData, read
+from .tasks import Samples, Task
+
+
+@dataclass
+class Tally:
+    """What this run did. teacher_seconds: time in forward passes."""
+
+    rows: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    teacher_seconds: float = 0.0
+    notes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A shard's rows, tokenised, and the source columns they carry."""
+
+    samples: Samples
+    carried: dict[str, pa.Array]
+
+
+def prepare(source: SourceData, task: Task, kept: list[str], shard: ShardPlan) -> Prepared:
+    rows = source.splits[shard.split]
+    table = read(rows, list(dict.fromkeys([*task.columns, *kept])), slice(shard.start, shard.stop))
+    samples = task.prepare(shard.split, np.arange(shard.start, shard.stop), table)
+    carried = table.select(kept)
+    if len(samples) != len(table):  # a task that makes several rows of one
+        carried = carried.take(pa.array(samples.source_index - shard.start))
+    return Prepared(samples, {name: _one(carried.column(name)) for name in kept})
+
+
+def carried_fields(source: SourceData, kept: list[str]) -> list[FieldSpec]:
+    types = next(iter(source.splits.values())).features.arrow_schema
+    return [FieldSpec(name, (), str(types.field(name).type), codec="arrow", role="carried") for name in kept]
+
+
+class ShardKeeper:
+    """Puts what the teacher gave into a shard and commits it. Everything here runs in the background thread."""
+
+    def __init__(self, writer: StoreWriter, task: Task, shard: ShardPlan, prepared: Prepared, tally: Tally):
+        self._writer, self._task, self._samples, self._tally = writer, task, prepared.samples, tally
+        self._carried = prepared.carried
+        self._builder = writer.open_shard(shard, len(self._samples), self._samples.lengths)
+        self._loose = {spec.name: [None] * len(self._samples) for spec in task.fields if "*" in spec.shape}
+
+    def keep_inputs(self) -> None:
+        everything = np.arange(len(self._samples))
+        for name, values in self._samples.values.items():
+            self._builder.put(name, everything, values)
+        for name, column in self._carried.items():
+            self._builder.put_column(name, column)
+        self._builder.put_addresses(self._samples.content_hash, self._samples.source_index)
+
+    def keep(self, rows: np.ndarray, captured: Captured) -> None:
+        """rows: int64 [B], positions in the shard."""
+        for name, values in self._task.outputs(self._samples, rows, captured.arrays()).items():
+            if name in self._loose:
+                for row, value in zip(rows, values, strict=True):
+                    self._loose[name][row] = value
+            else:
+                self._builder.put(name, rows, values)
+        self._tally.teacher_seconds += captured.seconds()
+
+    def commit(self) -> None:
+        for name, values in self._loose.items():
+            self._builder.put_column(name, _large_list(values))
+        written = self._writer.commit(self._builder)
+        self._tally.bytes += written["bytes"]
+        for name, count in self._samples.notes.items():
+            self._tally.notes[name] = self._tally.notes.get(name, 0) + count
+
+
+def _one(column: pa.ChunkedArray) -> pa.Array:
+    array = column.combine_chunks()
+    return array.storage if isinstance(array, pa.ExtensionArray) else array
+
+
+def _large_list(rows: list[Any]) -> pa.Array:
+    """One list of int64 a row."""
+    starts = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum([len(row) for row in rows], out=starts[1:])
+    flat = np.concatenate(rows).astype(np.int64)
+    values = pa.Array.from_buffers(pa.int64(), len(flat), [None, pa.py_buffer(flat)])
+    kind = pa.large_list(pa.field("item", pa.int64(), nullable=False))
+    return pa.Array.from_buffers(kind, len(rows), [None, pa.py_buffer(starts)], children=[values])

@@ -1,0 +1,101 @@
+"""One file a task: how a row becomes model inputs, and what the model's outputs mean.
+
+To add a task: write its class in a file here, with what `Task` asks for, and add its line to `TASKS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+    from ...store import FieldSpec
+
+
+class Entry(NamedTuple):
+    """Where a task lives, and the teacher outputs it can keep."""
+
+    module: str
+    name: str
+    fields: tuple[str, ...]
+
+
+TASKS = {
+    "text-classification": Entry("text_classification", "TextClassification", ("logits",)),
+}
+
+
+def task_class(name: str) -> Any:
+    entry = TASKS[name]
+    return getattr(importlib.import_module(f".{entry.module}", __name__), entry.name)
+
+
+@dataclass
+class Samples:
+    """The rows of one shard, tokenised. n rows; S of a row is its number of tokens.
+
+    lengths: {"S": int64 [n]}. values: what is stored as it is, by column: [n, *shape], or flat [sum of S, ...].
+    content_hash: uint8 [n, 16]. source_index: int64 [n], the source row of each.
+    notes: counts worth telling, such as {"truncated": 12}.
+    """
+
+    lengths: dict[str, np.ndarray]
+    values: dict[str, np.ndarray]
+    content_hash: np.ndarray
+    source_index: np.ndarray
+    notes: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.source_index)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """int64 [n]: where each row's tokens begin in flat values."""
+        return self.lengths["S"].cumsum() - self.lengths["S"]
+
+    def padded(self, column: str, rows: np.ndarray, pad: int) -> np.ndarray:
+        """int64 [B, Smax] of a token-level column, right-padded to the longest of `rows`."""
+        import numpy as np
+
+        lengths, flat = self.lengths["S"][rows], self.values[column]
+        steps = np.arange(lengths.max())
+        at = (self.starts[rows][:, None] + steps).clip(max=len(flat) - 1)
+        return np.where(steps < lengths[:, None], flat[at], pad).astype(np.int64)
+
+    def mask(self, rows: np.ndarray) -> np.ndarray:
+        """int64 [B, Smax]: 1 where there is a token."""
+        import numpy as np
+
+        lengths = self.lengths["S"][rows]
+        return (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
+
+
+class Task(Protocol):
+    """What a dump asks of a task. Built as `Task(config, teacher, source)`; raises ConfigError, DataError."""
+
+    model_class: str  # transformers' Auto class that loads the teacher
+    columns: list[str]  # source columns that are read
+    settings: dict[str, Any]  # choices resolved, for the plan
+    fields: list[FieldSpec]  # columns of the store, in order
+    label_names: list[str] | None
+    notices: list[str]  # lines worth telling before the dump starts
+
+    def check(self, split: str, start: int, rows: pa.Table) -> None:
+        """Look at every row once, before the teacher runs. Raises DataError naming the row."""
+
+    def prepare(self, split: str, source_index: np.ndarray, rows: pa.Table) -> Samples:
+        """Tokenise source rows; source_index int64 [len(rows)] says which they are."""
+
+    def collate(self, samples: Samples, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Model inputs of a batch, right-padded: {"input_ids": int64 [B, Smax], "attention_mask": ..., ...}."""
+
+    def outputs(self, samples: Samples, rows: np.ndarray, captured: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Columns of a batch from what the teacher gave (float arrays, {"logits": [B, C]}), by name.
+
+        A field of shape ("*",) is a list of B arrays.
+        """
