@@ -1,0 +1,228 @@
+"""Where students come from: a Hub id or folder, a config with random weights, or the teacher's own layers.
+
+The teacher's weights may be read (`from-teacher-layers`), tensor by tensor from safetensors; its model is never
+made.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from ..store.errors import ConfigError, DataError
+from ..store.identity import weights_sha256
+from ..store.schema import LOGITS
+from .dataset import problem_type_of
+from .settings import FROM_TEACHER_LAYERS, TrainConfig
+from .tokens import check_vocabulary, store_tokenizer, student_tokenizer
+
+_NUMBERED = re.compile(r"^(?P<prefix>.+?)\.(?P<number>\d+)\.(?P<rest>.+)$")
+
+
+@dataclass
+class Student:
+    """A model, its tokenizer, and where both came from. retokenize: its tokens are not the store's."""
+
+    model: nn.Module
+    tokenizer: Any
+    source: str
+    retokenize: bool = False
+
+
+def build_student(config: TrainConfig, store: Any) -> Student:
+    """The student that `config` asks for, with the head that the store's teacher has.
+
+    Raises ConfigError or DataError for a student that cannot learn from this store.
+    """
+    labels = label_settings(store)
+    if config.student is not None and config.student.startswith(FROM_TEACHER_LAYERS):
+        layers = parse_layers(config.student)
+        folder = teacher_folder(config, store)
+        student = Student(from_teacher_layers(folder, layers, labels), store_tokenizer(store), config.student)
+    elif config.student is not None:
+        tokenizer, differs = student_tokenizer(config.student, store)
+        student = Student(pretrained(config.student, labels), tokenizer, config.student, differs)
+    else:
+        tokenizer = store_tokenizer(store)
+        model = from_config(str(config.student_config), labels, tokenizer)
+        student = Student(model, tokenizer, str(config.student_config))
+    check_vocabulary(student.model, student.tokenizer)
+    return student
+
+
+def label_settings(store: Any) -> dict[str, Any]:
+    """num_labels, id2label, label2id and problem_type of a config, as the store's teacher has them."""
+    if LOGITS not in store.fields:
+        raise ConfigError(f"{store.path} has no {LOGITS}, but {', '.join(store.fields)}: dump --fields logits")
+    count = int(store.fields[LOGITS].shape[-1])
+    names = store.label_names or [f"LABEL_{number}" for number in range(count)]
+    return {
+        "num_labels": count,
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: number for number, name in enumerate(names)},
+        "problem_type": problem_type_of(store),
+    }
+
+
+# ---- from the Hub, a folder or a config ----
+
+
+def pretrained(name: str, labels: Mapping[str, Any]) -> nn.Module:
+    """Weights of a Hub id or folder; a head that was trained for another number of labels is refused."""
+    config = read_config(name)
+    heads = [one for one in config.architectures or [] if one.endswith("ForSequenceClassification")]
+    if heads and config.num_labels != labels["num_labels"]:
+        raise DataError(
+            f"student {name} has a head of {config.num_labels} labels, the store's teacher has "
+            f"{labels['num_labels']}: give a student of as many labels, or one without a head"
+        )
+    for key, value in labels.items():
+        if key != "num_labels":
+            setattr(config, key, value)
+    return AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=torch.float32)
+
+
+def read_config(name: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"student {name}: a Hub id or a folder with config.json expected; {first_line(error)}"
+        ) from None
+
+
+def from_config(path: str, labels: Mapping[str, Any], tokenizer: Any) -> nn.Module:
+    """Random weights. A config without vocab_size gets the tokenizer's, and its pad token."""
+    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    try:
+        settings = json.loads(file.read_text())
+        kind = settings.pop("model_type")
+    except FileNotFoundError:
+        raise ConfigError(f"--student-config {path}: config.json, or a folder that holds it, expected") from None
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(f"--student-config {path}: JSON with a model_type expected; {error}") from None
+    if tokenizer is not None:
+        settings.setdefault("vocab_size", len(tokenizer))
+        if tokenizer.pad_token_id is not None:
+            settings.setdefault("pad_token_id", tokenizer.pad_token_id)
+    try:
+        config = AutoConfig.for_model(kind, **{**settings, **labels})
+        return AutoModelForSequenceClassification.from_config(config)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"--student-config {path}: {first_line(error)}") from None
+
+
+# ---- from the teacher's layers ----
+
+
+def parse_layers(text: str) -> list[int]:
+    """[1, 3, 5] of "from-teacher-layers:1,3,5": numbers of blocks, the first being 1 (0 is the embeddings)."""
+    try:
+        layers = [int(part) for part in text.removeprefix(FROM_TEACHER_LAYERS).split(",")]
+    except ValueError:
+        layers = []
+    if not layers or min(layers) < 1:
+        raise ConfigError(
+            f"--student {text}: numbers of the teacher's blocks expected, the first being 1, as in "
+            f"{FROM_TEACHER_LAYERS}1,3,5 (embeddings and head are always copied)"
+        )
+    return layers
+
+
+def teacher_folder(config: TrainConfig, store: Any) -> Path:
+    """Where config.json and the safetensors of the teacher are: as given, else by the name that the store has.
+
+    A name is no identity, so a folder found by it must hold the weights that the store was made with.
+    """
+    stored = store.identity.get("teacher", {})
+    name = config.teacher or stored.get("name")
+    if not name:
+        raise ConfigError(f"{store.path} does not say where its teacher is; give --teacher FOLDER")
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return from_hub(name)
+    wanted = stored.get("weights_sha256")
+    if not config.teacher and wanted and weights_sha256(folder) != wanted:
+        raise ConfigError(f"folder {name} does not hold the teacher of {store.path}; give --teacher FOLDER")
+    return folder
+
+
+def from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ConfigError(
+            f"teacher {name} is neither a folder nor to be had from the Hub ({first_line(error)}); "
+            "give --teacher FOLDER to copy layers from"
+        ) from None
+
+
+def from_teacher_layers(folder: Path, layers: Sequence[int], labels: Mapping[str, Any]) -> nn.Module:
+    """The teacher's architecture with some of its blocks, their weights, its embeddings and its head."""
+    config = AutoConfig.from_pretrained(folder)
+    depth = config.num_hidden_layers
+    if max(layers) > depth:
+        raise ConfigError(f"the teacher in {folder} has {depth} layers; got layer {max(layers)}")
+    settings = config.to_dict()
+    for key, value in settings.items():  # settings of each layer, as layer_types
+        if isinstance(value, list) and len(value) == depth:
+            settings[key] = [value[layer - 1] for layer in layers]
+    smaller = type(config).from_dict({**settings, **labels})
+    smaller.num_hidden_layers = len(layers)
+    state = layer_state(folder, layers, depth)
+    with torch.device("meta"):
+        kind = type(AutoModelForSequenceClassification.from_config(smaller))
+    return kind.from_pretrained(None, config=smaller, state_dict=state, dtype=torch.float32)
+
+
+def layer_state(folder: Path, layers: Sequence[int], depth: int) -> dict[str, torch.Tensor]:
+    """Tensors of the chosen blocks, renumbered from 0, and all that belong to no block, from safetensors."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"{folder} has no *.safetensors to copy layers from (pickled weights are not read)")
+    opened = [safe_open(file, framework="pt") for file in files]
+    where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118  not a dict
+    prefix = block_prefix(where, depth, folder)
+    places: dict[int, list[int]] = {}
+    for place, layer in enumerate(layers):
+        places.setdefault(layer - 1, []).append(place)
+    state = {}
+    for name, file in where.items():
+        if not name.startswith(f"{prefix}."):
+            state[name] = file.get_tensor(name)
+            continue
+        number, _, rest = name.removeprefix(f"{prefix}.").partition(".")
+        for place in places.get(int(number), ()):
+            state[f"{prefix}.{place}.{rest}"] = file.get_tensor(name)
+    return state
+
+
+def block_prefix(names: Mapping[str, Any], depth: int, folder: Path) -> str:
+    """What stands before the block number in weight names, as bert.encoder.layer."""
+    numbers: dict[str, set[int]] = {}
+    for name in names:
+        if found := _NUMBERED.match(name):
+            numbers.setdefault(found["prefix"], set()).add(int(found["number"]))
+    fitting = [prefix for prefix, found in numbers.items() if found == set(range(depth))]
+    if not fitting:
+        raise ConfigError(
+            f"{folder}: its weights are not numbered by {depth} blocks (shared layers?); give a --student"
+        )
+    return min(fitting, key=len)
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

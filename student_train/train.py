@@ -1,0 +1,266 @@
+"""Training, as a story: open stores, build the student, train, evaluate, save. No teacher is ever loaded."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..store.errors import ConfigError, StoreMismatch
+from ..store.identity import canonical, short
+from ..store.reader import TeacherRows, TeacherStore
+from ..store.schema import LOGITS
+from .card import CARD, METRICS, PROVENANCE, model_card, provenance, write_json
+from .collator import DataCollatorForDistillation
+from .config import DistillationConfig
+from .dataset import ConcatRows, problem_type_of
+from .metrics import compute_metrics_for
+from .objective import Objective, unlabelled
+from .progress import quiet_stdout, show_progress
+from .settings import DistillationSettings, TrainConfig
+from .students import Student, build_student, label_settings
+from .tokens import check_positions, retokenized
+from .trainer import DistillationTrainer
+
+
+@quiet_stdout()
+def train(settings: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """Train one student; returns what metrics.json holds: the Trainer's metrics, its parameters and folder.
+
+    Raises ConfigError, DataError or a StoreError, before anything is trained, for what cannot work.
+    """
+    config = settings if isinstance(settings, TrainConfig) else TrainConfig(**settings)
+    output = Path(str(config.output_dir))
+    checkpoint = prepare_folder(config, output)
+
+    stores = open_stores(config.stores)
+    evaluated = evaluation_split(config, stores)
+    args = training_arguments(config, evaluated)
+    set_seed(args.seed)
+    student = build_student(config, stores[0])
+    objective = Objective(config.terms(), problem_type_of(stores[0]), label_settings(stores[0])["num_labels"])
+    train_rows = select(config, stores, student, objective, config.train_split, config.where)
+    eval_rows = select(config, stores, student, objective, evaluated) if evaluated else None
+
+    made = provenance(config, args, stores, student, objective.terms, len(train_rows))
+    if checkpoint:
+        check_same_run(output, made)
+    elif is_main_process():
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / PROVENANCE, made)
+
+    pad = getattr(student.tokenizer, "pad_token_id", None)
+    trainer = DistillationTrainer(
+        model=student.model, args=args, objective=objective, train_dataset=train_rows, eval_dataset=eval_rows,
+        processing_class=student.tokenizer, data_collator=DataCollatorForDistillation(pad or 0),
+        compute_metrics=compute_metrics_for(objective.problem_type),
+    )  # fmt: skip
+    show_progress(trainer)
+    metrics: dict[str, Any] = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+    if eval_rows is not None:
+        metrics |= final_evaluation(trainer)
+    metrics["student_parameters"] = sum(one.numel() for one in student.model.parameters())
+    metrics["output_dir"] = str(output)
+    save(trainer, output, made, metrics)
+    for store in stores:
+        store.close()
+    return metrics
+
+
+# ---- the folder ----
+
+
+def prepare_folder(config: TrainConfig, output: Path) -> str | None:
+    """The checkpoint to go on from, if any. Raises ConfigError where the folder holds another run."""
+    asked = str(config.resume_from_checkpoint or "false")
+    if asked.lower() == "true":
+        found = get_last_checkpoint(output) if output.is_dir() else None
+        if found is None:
+            raise ConfigError(f"--resume-from-checkpoint true: {output} holds no checkpoint; start without it")
+        return found
+    if asked.lower() != "false":
+        if not (Path(asked) / "trainer_state.json").is_file():
+            raise ConfigError(
+                f"--resume-from-checkpoint {asked}: a checkpoint-… folder with trainer_state.json expected"
+            )
+        return asked
+    held = list(output.glob("checkpoint-*"))
+    held += [output / name for name in (PROVENANCE, METRICS, "model.safetensors") if (output / name).exists()]
+    if held and is_main_process():
+        if not config.overwrite_output_dir:
+            raise ConfigError(
+                f"--output-dir {output} holds another run ({sorted(held)[0].name}): give another folder, "
+                "--resume-from-checkpoint true to go on, or --overwrite-output-dir to start anew"
+            )
+        for path in held:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return None
+
+
+def check_same_run(output: Path, made: Mapping[str, Any]) -> None:
+    """Raises StoreMismatch where a run is continued from another store, with other rows or another loss."""
+    import json
+
+    if not (output / PROVENANCE).is_file():
+        return
+    before = json.loads((output / PROVENANCE).read_text(encoding="utf-8"))
+    for what, value in _resumed(made).items():
+        stored = _resumed(before)[what]
+        if canonical(stored) != canonical(value):
+            raise StoreMismatch(
+                f"{what} differs from the run in {output}: it had {short(stored)}, this one has "
+                f"{short(value)}: go on with the same, or start anew with --overwrite-output-dir"
+            )
+
+
+def _resumed(made: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = made.get("training_arguments", {})
+    order = (
+        "seed",
+        "data_seed",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "train_sampling_strategy",
+    )
+    return {
+        "store": [store["sha256"] or store["fingerprint"] for store in made["stores"]],
+        "student": made["student"],
+        "loss terms": made["terms"],
+        "number of rows": made["rows"],
+        **{name: arguments.get(name) for name in order},
+    }
+
+
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+# ---- stores and rows ----
+
+
+def open_stores(paths: Sequence[str]) -> list[TeacherStore]:
+    """Raises StoreMismatch where several stores cannot be read one after another."""
+    stores = [TeacherStore.open(path) for path in paths]
+    first = stores[0]
+    if first.task != "text-classification":
+        raise ConfigError(f"{first.path} is for task {first.task}; predistill trains text-classification")
+    for other in stores[1:]:
+        for what, ours, theirs in (
+            ("task", first.task, other.task),
+            (
+                "tokenizer",
+                first.identity.get("tokenizer", {}).get("sha256"),
+                other.identity.get("tokenizer", {}).get("sha256"),
+            ),
+            ("label names", first.label_names, other.label_names),
+            ("inputs and logits", _columns(first), _columns(other)),
+        ):
+            if canonical(ours) != canonical(theirs):
+                raise StoreMismatch(
+                    f"{what} differs: {first.path} has {short(ours)}, {other.path} has {short(theirs)}; "
+                    "only stores that agree are trained on together"
+                )
+    return stores
+
+
+def _columns(store: TeacherStore) -> dict[str, Any]:
+    roles = ("input", "label")
+    return {name: spec.shape for name, spec in store.fields.items() if spec.role in roles or name == LOGITS}
+
+
+def evaluation_split(config: TrainConfig, stores: Sequence[TeacherStore]) -> str | None:
+    """The split to evaluate on; None where there is none, or none is wanted."""
+    wanted = str(config.training_arguments.get("eval_strategy", "epoch"))
+    if wanted in ("no", "IntervalStrategy.NO", "False"):
+        return None
+    shared = [split for split in stores[0].splits if all(split in store.splits for store in stores)]
+    candidates = [config.eval_split] if config.eval_split else ["validation", "test"]
+    found = next((split for split in candidates if split in shared), None)
+    if found is None and (config.eval_split or "eval_strategy" in config.training_arguments):
+        raise ConfigError(
+            f"there is no split {' or '.join(candidates)} to evaluate on; the store has {', '.join(shared)}"
+        )
+    return found
+
+
+def select(
+    config: TrainConfig, stores: Sequence[TeacherStore], student: Student, objective: Objective, split: str,
+    where: str | None = None,
+) -> Any:  # fmt: skip
+    """Rows of one split of all stores, in the student's tokens; to train on labels only, those that have one."""
+    training = split == config.train_split
+    parts = []
+    for store in stores:
+        rows = store.select(split=split, where=where, fields=objective.fields if training else [LOGITS])
+        if training and not objective.fields:
+            rows = with_labels(rows, objective)
+        if not len(rows):
+            reason = f"--where {where!r} keeps" if where else "there are"
+            raise ConfigError(f"{store.path}: {reason} no rows of split {split} that the loss can learn from")
+        parts.append(retokenize(config, rows, student) if student.retokenize else rows)
+    check_positions(student.model, max(int(part.lengths.max()) for part in parts))
+    if len(parts) == 1:
+        return parts[0]
+    return ConcatRows(parts, {name: spec.pad for name, spec in stores[0].fields.items()})
+
+
+def with_labels(rows: TeacherRows, objective: Objective) -> TeacherRows:
+    """The rows that have a label."""
+    import torch
+
+    labels = torch.as_tensor(rows.column("labels")) if "labels" in rows.store.fields else None
+    if labels is None:
+        raise ConfigError(f"{rows.store.path} has no labels to train on; give --alpha above 0")
+    free = unlabelled({"labels": labels}, objective.problem_type, objective.num_labels)
+    kept = (~free).any(-1).numpy()
+    return rows if kept.all() else TeacherRows(rows.store, rows.sample_ids[kept], rows.specs, rows.split)
+
+
+def retokenize(config: TrainConfig, rows: TeacherRows, student: Student) -> Any:
+    asked = rows.store.settings
+    dumped = [asked.get("text_column"), asked.get("text_pair_column")]
+    columns = [config.text_column] if config.text_column else dumped
+    return retokenized(rows, student.tokenizer, [one for one in columns if one], asked.get("max_length"))
+
+
+# ---- training and saving ----
+
+
+def training_arguments(config: TrainConfig, evaluated: str | None) -> DistillationConfig:
+    """DistillationConfig of a run. Raises ConfigError for a name or value that TrainingArguments refuses."""
+    known = {one.name for one in fields(DistillationConfig)}
+    for name in config.training_arguments:
+        if name not in known:
+            raise ConfigError(f"{name} is not a field of transformers.TrainingArguments")
+    own = {one.name: getattr(config, one.name) for one in fields(DistillationSettings)}
+    chosen = {"eval_strategy": "epoch" if evaluated else "no", **config.training_arguments}
+    try:
+        return DistillationConfig(output_dir=str(config.output_dir), **{**own, **chosen})
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"training arguments: {str(error).partition(chr(10))[0]}") from error
+
+
+def final_evaluation(trainer: DistillationTrainer) -> dict[str, float]:
+    """Metrics of the student as it is saved; those of the last epoch where nothing has changed since."""
+    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), None)
+    if last and last["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end:
+        return {name: value for name, value in last.items() if name.startswith("eval_")}
+    return trainer.evaluate()
+
+
+def save(trainer: DistillationTrainer, output: Path, made: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+    trainer.save_model(str(output))
+    trainer.save_state()
+    if not trainer.is_world_process_zero():
+        return
+    (output / "training_args.bin").unlink(missing_ok=True)  # a pickle; predistill.json says the same
+    write_json(output / METRICS, metrics)
+    write_json(output / PROVENANCE, made)
+    labels = list(trainer.accelerator.unwrap_model(trainer.model).config.id2label.values())
+    model_card(made, metrics, labels, output.resolve().name).save(output / CARD)

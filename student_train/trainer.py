@@ -1,0 +1,300 @@
+"""DistillationTrainer: transformers.Trainer, with another loss and teacher outputs read from a store.
+
+rows = TeacherStore.open("stores/sst2").select(split="train", fields=["teacher_logits"])
+DistillationTrainer(model=student, args=DistillationConfig(output_dir="out"), train_dataset=rows).train()
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..store.errors import ConfigError, PredistillError
+from ..store.schema import LABELS, LOGITS
+from .collator import DataCollatorForDistillation
+from .config import DistillationConfig
+from .dataset import StoreDataLoader, is_store_rows, narrowed, problem_type_of
+from .losses.terms import REGRESSION, SINGLE_LABEL
+from .metrics import agreement
+from .objective import Objective
+from .sampler import EvaluationBatchSampler, TrainBatchSampler, memory_bytes, window_of
+
+
+class DistillationTrainer(Trainer):
+    """Trains a student on rows of a store; everything that a Trainer does works.
+
+    model: any nn.Module that takes (some of) input_ids, attention_mask, token_type_ids by name and returns
+        logits: a tensor, a tuple that starts with it, or something with `.logits`. It is given no labels.
+    train_dataset, eval_dataset: rows of `TeacherStore.select`, of which the columns that the terms need are
+        read; any other dataset that has these columns works too, through an ordinary DataLoader.
+    objective: what is minimised; by default the terms of `args`, for the kind of head that made the rows.
+    """
+
+    args: DistillationConfig
+    loss_is_scaled_for_ga = True  # compute_loss divides by what the whole accumulation window counts
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: DistillationConfig | None = None,
+        *,
+        objective: Objective | None = None,
+        **more: Any,
+    ) -> None:
+        args = DistillationConfig() if args is None else args
+        if not isinstance(args, DistillationConfig):
+            raise ConfigError(f"args must be a DistillationConfig, not {type(args).__name__}")
+        if more.get("compute_loss_func") is not None:
+            raise ConfigError("compute_loss_func is not used: the loss is made of terms; give an objective")
+        if more.get("data_collator") is None:
+            pad = getattr(more.get("processing_class"), "pad_token_id", None)
+            more["data_collator"] = DataCollatorForDistillation(0 if pad is None else pad)
+        super().__init__(model=model, args=args, **more)
+        self._given_objective = objective
+        self._trained, self._windows, self._evaluated = Totals(), Totals(), Totals()
+
+    @functools.cached_property
+    def distillation_objective(self) -> Objective:
+        return self._given_objective or Objective(self.args.terms(), *self._head())
+
+    def _head(self) -> tuple[str, int]:
+        """(problem type, number of labels) of the teacher's head; of the student's where there is no store."""
+        datasets: list[Any] = [self.train_dataset, self.eval_dataset]
+        for dataset in datasets:
+            if is_store_rows(dataset):
+                return problem_type_of(dataset.store), int(dataset.store.fields[LOGITS].shape[-1])
+        config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
+        if config is None:
+            raise ConfigError("neither data nor model tells the kind of head; give the trainer an objective")
+        kind = REGRESSION if config.num_labels == 1 else SINGLE_LABEL
+        return config.problem_type or kind, config.num_labels
+
+    # ---- loss ----
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor]:
+        """The micro-batches of one optimizer step, and what each term counts in them, int64 [terms]."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        counts = torch.zeros(len(self.distillation_objective.terms), dtype=torch.int64, device=device)
+        for batch in batches:
+            counts += self.distillation_objective.counts(batch).to(device)
+        counts = self._over_ranks(counts)
+        self._windows.add((counts > 0).long())
+        return batches, counts
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """num_items_in_batch: int64 [terms], counts of the window; None: of this batch alone."""
+        outputs = model(**self._model_inputs(inputs))
+        sums = self.distillation_objective.sums(logits_of(outputs), inputs)
+        counts = self.distillation_objective.counts(inputs) if num_items_in_batch is None else num_items_in_batch
+        self._trained.add(sums.detach() / counts.clamp(min=1))
+        loss = self.distillation_objective.combine(sums, counts)
+        loss = loss * self.args.world_size  # DDP averages gradients over ranks
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds each term's value, before its weight. Raises PredistillError once it is not a number."""
+        if "loss" in logs or "train_loss" in logs:
+            sums, windows = self._trained.drain(), self._windows.drain()
+            if sums is not None and windows is not None:
+                values = (self._over_ranks(sums) / windows.clamp(min=1)).tolist()
+                self._check_finite(values)
+                if "loss" in logs:
+                    names = (f"loss_{name}" for name in self.distillation_objective.names)
+                    logs.update(zip(names, values, strict=True))
+        super().log(logs, start_time)
+
+    def _check_finite(self, values: list[float]) -> None:
+        for name, value in zip(self.distillation_objective.names, values, strict=True):
+            if math.isnan(value) and not self.args.fp16:  # fp16's loss scaler steps over such batches
+                raise PredistillError(
+                    f"the {name} term is not a number by step {self.state.global_step}: lower --learning-rate, or "
+                    "look at the student's weights; checkpoints up to the last log are from before"
+                )
+
+    def _model_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        accepted = self._accepted_inputs
+        return {
+            name: value for name, value in inputs.items()
+            if (name in accepted if accepted else name != LABELS and not name.startswith("teacher_"))
+        }  # fmt: skip
+
+    @functools.cached_property
+    def _accepted_inputs(self) -> set[str]:
+        """Names that the student's forward takes, labels left out; empty where it takes any."""
+        parameters = inspect.signature(self.accelerator.unwrap_model(self.model).forward).parameters
+        varying = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        named = {name for name, one in parameters.items() if one.kind not in varying}
+        open_ended = any(one.kind == one.VAR_KEYWORD for one in parameters.values())
+        return set() if open_ended and "input_ids" not in named else named - {LABELS}
+
+    def _over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(values, "sum") if self.args.world_size > 1 else values
+
+    # ---- evaluation ----
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """(mean loss of this batch, logits [B, C], labels); evaluation_loop adds up all batches."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = self.distillation_objective.check_logits(logits_of(model(**self._model_inputs(inputs))))
+        loss = self._evaluate_batch(logits, inputs)
+        if prediction_loss_only:
+            return loss, None, None
+        labels = inputs.get(LABELS)
+        return loss, logits.detach(), None if labels is None else labels.clone()  # its buffer is reused
+
+    def _evaluate_batch(self, logits: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        real = self._evaluation_rows(len(logits))
+        inputs = {name: value[:real] for name, value in inputs.items()}
+        if not all(name in inputs for name in self.distillation_objective.fields):
+            return None
+        with torch.no_grad():
+            sums, counts = (
+                self.distillation_objective.sums(logits[:real], inputs),
+                self.distillation_objective.counts(inputs),
+            )
+            found = [torch.zeros_like(sums[0])] * 2
+            if LOGITS in inputs and self.distillation_objective.problem_type != REGRESSION:
+                agreed = agreement(logits[:real], inputs[LOGITS], self.distillation_objective.problem_type)
+                found = [agreed.sum(), torch.full_like(sums[0], agreed.numel())]
+            self._evaluated.add(torch.stack([*sums, *counts.to(sums), *found]).double().cpu())
+        return self.distillation_objective.combine(sums, counts)
+
+    def _evaluation_rows(self, rows: int) -> int:
+        """Rows of this rank's batch that are not filling."""
+        loader = self.callback_handler.eval_dataloader
+        return loader.evaluated[1] if isinstance(loader, StoreDataLoader) else rows
+
+    def evaluation_loop(
+        self, dataloader: DataLoader, description: str, prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:  # fmt: skip
+        """Predictions in source order.
+
+        The loss and each term have one denominator over all rows, whatever the batches;
+        `{prefix}_teacher_agreement` is how often student and teacher predict the same.
+        """
+        self._evaluated.drain()
+        if self.args.world_size > 1 and isinstance(dataloader, StoreDataLoader):
+            self.gather_function = functools.partial(gather_real, self.accelerator, dataloader)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        metrics = output.metrics or {}
+        totals = self._evaluated.drain()
+        if totals is not None:
+            found = self._scores(self._over_ranks(totals.to(self.args.device)).cpu())
+            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        return output._replace(metrics=metrics)
+
+    def _scores(self, totals: torch.Tensor) -> dict[str, float]:
+        """totals: [2 * terms + 2], as _evaluate_batch adds them."""
+        terms = len(self.distillation_objective.terms)
+        sums, counts, (agreed, compared) = (
+            totals[:terms],
+            totals[terms : 2 * terms],
+            totals[2 * terms :].tolist(),
+        )
+        found = {"loss": self.distillation_objective.combine(sums, counts).item()}
+        for name, value, count in zip(self.distillation_objective.names, sums.tolist(), counts.tolist(), strict=True):
+            if count:
+                found[f"loss_{name}"] = value / count
+        return {**found, "teacher_agreement": agreed / compared} if compared else found
+
+    # ---- data ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        if not is_store_rows(self.train_dataset):
+            return super().get_train_dataloader()
+        args, rows = self.args, narrowed(self.train_dataset, self.distillation_objective.fields)
+        if not len(rows):
+            raise ConfigError("there are no rows to train on; check the split and --where")
+        grouped = args.train_sampling_strategy == "group_by_length"
+        sampler = TrainBatchSampler(
+            len(rows), self._train_batch_size, lengths=rows.lengths if grouped else None,
+            order="sequential" if args.train_sampling_strategy == "sequential" else "random",
+            window=self._window(rows), seed=args.seed if args.data_seed is None else args.data_seed,
+            rank=args.process_index, world_size=args.world_size, drop_last=args.dataloader_drop_last,
+        )  # fmt: skip
+        return self._loader(rows, sampler, held=args.gradient_accumulation_steps)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        known: Any = self.eval_dataset
+        rows = known if eval_dataset is None else eval_dataset
+        rows = known[rows] if isinstance(rows, str) else rows
+        if not is_store_rows(rows):
+            return super().get_eval_dataloader(eval_dataset)
+        return self._evaluation_loader(rows)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        rows = is_store_rows(test_dataset)
+        return self._evaluation_loader(test_dataset) if rows else super().get_test_dataloader(test_dataset)
+
+    def _evaluation_loader(self, rows: Any) -> StoreDataLoader:
+        """The teacher's logits come along wherever they are stored, for the agreement."""
+        args = self.args
+        rows = narrowed(rows, list(dict.fromkeys([*self.distillation_objective.fields, LOGITS])))
+        sampler = EvaluationBatchSampler(
+            len(rows), args.eval_batch_size, rank=args.process_index, world_size=args.world_size
+        )
+        return self._loader(rows, sampler)
+
+    def _loader(self, rows: Any, sampler: Any, held: int = 1) -> StoreDataLoader:
+        args, workers = self.args, self.args.dataloader_num_workers
+        return StoreDataLoader(
+            rows, sampler, self.data_collator, held=held, device=args.device, num_workers=workers,
+            pin_memory=bool(workers) and args.dataloader_pin_memory and args.device.type == "cuda",
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+        )  # fmt: skip
+
+    def _window(self, rows: Any) -> tuple[int, int] | None:
+        """What is shuffled at once; decided by rank 0, since ranks that differ would read some rows twice."""
+        held = self.args.shuffle_window or memory_bytes() // 2
+        if self.args.world_size > 1:
+            everywhere = torch.tensor(held if self.args.process_index == 0 else 0, device=self.args.device)
+            held = int(self._over_ranks(everywhere))
+        return window_of(self.args.shuffle, rows.nbytes, len(rows), held)
+
+
+class Totals:
+    """Sums [n] that stay on their device until they are asked for."""
+
+    def __init__(self) -> None:
+        self.sums: torch.Tensor | None = None
+
+    def add(self, values: torch.Tensor) -> None:
+        self.sums = values if self.sums is None else self.sums + values
+
+    def drain(self) -> torch.Tensor | None:
+        sums, self.sums = self.sums, None
+        return sums
+
+
+def logits_of(outputs: Any) -> torch.Tensor:
+    """The logits in whatever a model returns."""
+    if isinstance(outputs, torch.Tensor):
+        return outputs
+    if isinstance(outputs, Mapping):
+        return outputs["logits"]
+    return outputs.logits if hasattr(outputs, "logits") else outputs[0]
+
+
+def gather_real(accelerator: Any, loader: StoreDataLoader, values: torch.Tensor) -> torch.Tensor:
+    """Rows of all ranks one after another, without those that only fill the last batch."""
+    return accelerator.gather(values)[: loader.evaluated[0]]
