@@ -1,0 +1,94 @@
+"""Text that every Python installation has: the source of the standard library, labelled by what a module is for.
+
+A row is a few consecutive lines of one module. Whole modules go to one side: to training or to validation; rows of
+validation that share most of their lines with training rows (copied helpers, twins such as profile and cProfile) are
+dropped. Nothing is random: the same Python gives the same rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+FAMILIES = {
+    "internet": "email http urllib smtplib imaplib poplib ftplib socketserver xmlrpc wsgiref mailbox socket ssl webbrowser "
+    "ipaddress mimetypes netrc uuid telnetlib nntplib cgi smtpd",
+    "concurrency": "asyncio concurrent multiprocessing threading queue selectors subprocess sched contextvars asyncore "
+    "asynchat _pyrepl.unix_eventqueue _threading_local",
+    "documents": "html xml json csv configparser plistlib tomllib textwrap difflib string gettext pprint shlex "
+    "quopri base64 argparse optparse getopt locale",
+    "files": "zipfile tarfile gzip bz2 lzma shutil pathlib tempfile glob fnmatch os posixpath ntpath genericpath filecmp "
+    "fileinput zipapp _pyio linecache stat dbm shelve zipimport",
+    "language": "ast dis inspect tokenize importlib pkgutil typing dataclasses enum abc functools symtable opcode code "
+    "codeop modulefinder runpy types copy pickle pickletools pyclbr py_compile compileall contextlib weakref _weakrefset "
+    "copyreg keyword operator reprlib",
+    "testing": "unittest doctest pdb bdb trace traceback tracemalloc cProfile profile pstats timeit warnings logging pydoc "
+    "faulthandler cmd rlcompleter tabnanny",
+    "numbers": "statistics fractions _pydecimal random _pydatetime datetime calendar collections heapq bisect numbers "
+    "colorsys zoneinfo _strptime sre_parse graphlib hmac secrets hashlib struct _pylong _collections_abc",
+}
+SKIPPED = {"test", "tests", "__pycache__", "_vendor"}
+WORDS = (16, 48)  # a row holds at least and about this many words
+SHARED_LINES = 0.5  # of a validation row's lines, when it counts as a near copy
+_WORD = re.compile(r"[A-Za-z_]+")
+
+
+def rows(validation_share: float = 0.2) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """(training rows, validation rows), each {"text", "label", "module"}; label is the name of a family."""
+    sides: list[list[dict[str, str]]] = [[], []]
+    for family, names in FAMILIES.items():
+        modules = sorted(_files(names.split()), key=lambda found: hashlib.sha256(found[0].encode()).digest())
+        texts = [(module, list(_passages(path))) for module, path in modules]
+        held, wanted = 0, validation_share * sum(len(passages) for _, passages in texts)
+        for module, passages in texts:
+            is_held = held + len(passages) <= wanted * 1.1
+            held += len(passages) if is_held else 0
+            sides[is_held] += [{"text": text, "label": family, "module": module} for text in passages]
+    training, validation = sides
+    seen = {line for row in training for line in _lines(row["text"])}
+    return training, [row for row in validation if _share(row["text"], seen) < SHARED_LINES]
+
+
+def _files(names: list[str]) -> Iterator[tuple[str, Path]]:
+    """(module name, file) of each module and of all that is inside each package, as far as they are installed."""
+    library = Path(sysconfig.get_path("stdlib"))
+    for name in names:
+        path = library.joinpath(*name.split("."))
+        if path.with_suffix(".py").is_file():
+            yield name, path.with_suffix(".py")
+        for folder, inner, files in os.walk(path):
+            inner[:] = sorted(set(inner) - SKIPPED)
+            for file in sorted(files):
+                if file.endswith(".py"):
+                    found = Path(folder, file)
+                    yield ".".join(found.relative_to(library).with_suffix("").parts), found
+
+
+def _passages(path: Path) -> Iterator[str]:
+    """Consecutive lines, cut at an empty line or a statement once they hold enough words; imports are left out."""
+    kept: list[str] = []
+    count = 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        words = len(_WORD.findall(line))
+        starts = not line.strip() or line.lstrip().startswith(("def ", "class ", "async def ", "@"))
+        if count >= WORDS[1] or (count >= WORDS[1] // 2 and starts):
+            yield "\n".join(kept)
+            kept, count = [], 0
+        if words and not re.match(r"\s*(import|from)\s", line):
+            kept.append(line.strip())
+            count += words
+    if count >= WORDS[0]:
+        yield "\n".join(kept)
+
+
+def _lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if len(_WORD.findall(line)) > 3]
+
+
+def _share(text: str, seen: set[str]) -> float:
+    lines = _lines(text)
+    return sum(line in seen for line in lines) / max(1, len(lines))
