@@ -26,6 +26,7 @@ LOCKED: dict[str, str | bool | int | float | list[str]] = {
     "autoload_known_extensions": "false",
     "allow_community_extensions": "false",
 }
+_FULL = (duckdb.IOException, duckdb.OutOfMemoryException, duckdb.TransactionException, duckdb.FatalException)
 ADDRESS = ("sample_id", "split", "source_index", "view", "content_hash", "shard", "row", "num_tokens", "label")
 
 
@@ -38,8 +39,14 @@ def build(folder: Path, made: Mapping[str, Any]) -> None:
     try:
         with duckdb.connect(str(temporary)) as connection:
             fill(connection, folder, made)
+            connection.execute("CHECKPOINT")  # one that fails at close fails in silence
             connection.sql("SELECT * FROM samples ORDER BY sample_id").write_parquet(str(parquet), compression="zstd")
-    except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
+    except (
+        duckdb.IOException,
+        duckdb.OutOfMemoryException,
+        duckdb.TransactionException,
+        duckdb.FatalException,
+    ) as error:
         for path in (temporary, Path(f"{temporary}.wal"), parquet):
             path.unlink(missing_ok=True)
         raise OutOfSpace(

@@ -11,15 +11,16 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import StoreCorrupt, StoreError, StoreIncomplete
-from .identity import digest
+from .identity import digest, file_sha256
 from .schema import FORMAT_VERSION, FieldSpec, check_version
 from .shard import ShardPlan, fsync_folder
 
 PLAN, MANIFEST, SHARDS = "plan.json", "store.json", "shards"
+FOLDERS = ("tokenizer", "processor")
 INDEX, SAMPLES, CARD, LOCK = "index.duckdb", "samples.parquet", "README.md", ".lock"
 _LARGEST_JSON = 1 << 30  # bytes; a manifest of a million shards is 300 MB
 _SAFE = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-.")
@@ -106,6 +107,16 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     fsync_folder(path.parent)
 
 
+def described_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """{"samples.parquet": {"sha256", "bytes"}, "tokenizer/tokenizer.json": …}: what is neither shard nor index."""
+    files = [folder / SAMPLES, *(file for name in FOLDERS for file in sorted((folder / name).rglob("*")))]
+    return {
+        file.relative_to(folder).as_posix(): {"sha256": file_sha256(file), "bytes": file.stat().st_size}
+        for file in files
+        if file.is_file()
+    }
+
+
 def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest with the hash of its own content."""
     body = {key: value for key, value in manifest.items() if key != "sha256"}
@@ -138,9 +149,17 @@ def plan_of(manifest: Mapping[str, Any], where: str) -> Plan:
         )
     except (KeyError, TypeError) as error:
         raise StoreCorrupt(f"{where}: its list of shards cannot be read ({error!r})") from error
+    files = manifest.get("files", {})
+    if not isinstance(files, dict) or not all(_is_inside(name) for name in files):
+        raise StoreCorrupt(f"{where}: its list of files leads out of the folder")
     if not sound or names != [shard.name for shard in plan.shards] or len(set(names)) != len(names):
         raise StoreCorrupt(f"{where}: its list of shards is not the plan's")
     return plan
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\\" not in name and path.as_posix() == name
 
 
 def committed(folder: Path, plan: Plan) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ import duckdb
 
 from . import index, manifest
 from .codecs import WHOLE_COLUMN, parts_of
-from .errors import PredistillError, StoreCorrupt, StoreError
+from .errors import FormatVersionError, PredistillError, StoreCorrupt, StoreError, StoreIncomplete
 from .identity import file_sha256
 from .manifest import Plan, shard_path
 from .reader import TeacherStore
@@ -27,8 +27,7 @@ KNOWN = {
     manifest.SAMPLES,
     manifest.CARD,
     manifest.LOCK,
-    "tokenizer",
-    "processor",
+    *manifest.FOLDERS,
     ".gitattributes",
     ".cache",
     ".git",
@@ -41,17 +40,18 @@ def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Check a store: manifest, plan, every shard's bytes and structure, index and samples against the shards.
 
     Returns {"ok", "shards", "samples", "bytes", "problems": [{"path", "kind", "detail"}]}; each detail names what to
-    do. Raises StoreError only where the folder is not a finished store at all.
+    do. Raises StoreError only where the folder is not a store at all.
     """
     folder = Path(path)
     found: dict[str, Any] = {"ok": False, "shards": 0, "samples": 0, "bytes": 0, "problems": []}
     try:
         made = manifest.read_manifest(folder)
-    except StoreCorrupt as error:
-        found["problems"].append(_problem(folder / manifest.MANIFEST, folder, "manifest", str(error)))
+    except (StoreCorrupt, FormatVersionError, StoreIncomplete) as error:
+        kind = "missing" if isinstance(error, StoreIncomplete) else "manifest"
+        found["problems"].append(_problem(folder / manifest.MANIFEST, folder, kind, str(error)))
         return found
     plan = manifest.plan_of(made, str(folder))
-    problems = [*_plan_problems(folder, plan, made)]
+    problems = [*_plan_problems(folder, plan, made), *_file_problems(folder, made)]
     bad_shards = 0
     for shard, entry in zip(plan.shards, made["shards"], strict=True):
         mine = [*_shard_problems(folder, plan, shard.name, entry)]
@@ -76,6 +76,26 @@ def _plan_problems(folder: Path, plan: Plan, made: Mapping[str, Any]) -> Iterato
     except StoreError as error:
         kind = "plan" if path.exists() else "missing"
         yield _problem(path, folder, kind, f'{error}; {manifest.MANIFEST} holds a copy under "plan"')
+
+
+def _file_problems(folder: Path, made: Mapping[str, Any]) -> Iterator[Problem]:
+    """Tokenizer and samples: everything that is neither shard, index nor card."""
+    for name, entry in made.get("files", {}).items():
+        path = folder / name
+        again = f"delete {manifest.MANIFEST}, then run the same dump again: the shards stay"
+        remake = _rebuild(folder) if name == manifest.SAMPLES else again
+        if not path.is_file():
+            yield _problem(path, folder, "missing", f"is not there; {remake}")
+        elif path.stat().st_size != entry["bytes"]:
+            yield _problem(
+                path, folder, "size", f"{entry['bytes']} bytes expected, {path.stat().st_size} found; {remake}"
+            )
+        elif file_sha256(path) != entry["sha256"]:
+            yield _problem(path, folder, "checksum", f"its sha256 is not {entry['sha256'][:12]}…; {remake}")
+
+
+def _rebuild(folder: Path) -> str:
+    return f"make it anew with: predistill index {folder} --rebuild"
 
 
 def _shard_problems(folder: Path, plan: Plan, name: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
@@ -144,8 +164,8 @@ def _extra_problems(folder: Path, plan: Plan) -> Iterator[Problem]:
 
 
 def _index_problems(folder: Path, made: Mapping[str, Any]) -> Iterator[Problem]:
-    """Both tables of index.duckdb and samples.parquet against the shards."""
-    remake = f"make it anew with: predistill index {folder} --rebuild"
+    """Both tables of index.duckdb against the shards."""
+    remake = _rebuild(folder)
     with duckdb.connect(":memory:") as fresh:
         index.fill(fresh, folder, made)
         expected = index.contents(fresh)
@@ -155,15 +175,6 @@ def _index_problems(folder: Path, made: Mapping[str, Any]) -> Iterator[Problem]:
                 if index.contents(stored.connection) != expected:
                     yield _problem(path, folder, "index", f"does not agree with the shards; {remake}")
         except (StoreCorrupt, duckdb.Error) as error:
-            yield _problem(
-                path, folder, "index" if path.exists() else "missing", f"{str(error).splitlines()[0]}; {remake}"
-            )
-        path = folder / manifest.SAMPLES
-        try:
-            fresh.execute("CREATE TABLE stored AS SELECT * FROM read_parquet(?)", [str(path)])
-            if index.content(fresh, "stored", "sample_id") != index.content(fresh, "samples", "sample_id"):
-                yield _problem(path, folder, "index", f"does not agree with the shards; {remake}")
-        except duckdb.Error as error:
             yield _problem(
                 path, folder, "index" if path.exists() else "missing", f"{str(error).splitlines()[0]}; {remake}"
             )
@@ -183,6 +194,9 @@ def rebuild_index(path: str | os.PathLike[str]) -> dict[str, int]:
         except BlockingIOError as error:
             raise StoreError(f"{folder} is being written by a dump; wait for it, or stop it") from error
         index.build(folder, made)
+        again = manifest.sealed({**made, "files": manifest.described_files(folder)})
+        if again != made:  # another version of DuckDB writes parquet otherwise
+            manifest.write_json(folder / manifest.MANIFEST, again)
     return {"samples": sum(entry["rows"] for entry in made["shards"]), "shards": len(made["shards"])}
 
 

@@ -33,7 +33,6 @@ from .manifest import Plan, shard_path
 from .shard import ShardBuilder, ShardPlan, fsync_folder, write_arrow
 
 INFORMATION = ("identity.teacher.name", "identity.dataset.name", "identity.tokenizer.name")  # paths are no identity
-FOLDERS = ("tokenizer", "processor")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -98,20 +97,19 @@ class StoreWriter:
                 f"{self.path}: {len(done)} of {len(self.plan.shards)} shards are committed; dump the rest first"
             )
         shards = [{"name": shard.name, **done[shard.name]} for shard in self.plan.shards]
-        made = manifest.sealed(
-            {
-                "format_version": manifest.FORMAT_VERSION,
-                "plan": self.plan.to_json(),
-                "fingerprint": self.plan.fingerprint,
-                "shards": shards,
-            }
-        )
+        made = {
+            "format_version": manifest.FORMAT_VERSION,
+            "plan": self.plan.to_json(),
+            "fingerprint": self.plan.fingerprint,
+            "shards": shards,
+        }
         with _out_of_space(self.path, self.path / f"{manifest.INDEX}.tmp"):
             for name, source in (folders or {}).items():
                 _replace_folder(self.path / name, Path(source))
             index.build(self.path, made)
             if card is not None:
                 _write_text(self.path / manifest.CARD, card)
+            made = manifest.sealed({**made, "files": manifest.described_files(self.path)})
             manifest.write_json(self.path / manifest.MANIFEST, made)
         return made
 
@@ -208,7 +206,7 @@ def _clear(path: Path) -> None:
     """Manifest first and plan last, so that a kill between leaves an unfinished store, never a folder of no kind."""
     for name in (manifest.MANIFEST, manifest.INDEX, manifest.SAMPLES, manifest.CARD):
         (path / name).unlink(missing_ok=True)
-    for name in FOLDERS:
+    for name in manifest.FOLDERS:
         shutil.rmtree(path / name, ignore_errors=True)
     for file in (path / manifest.SHARDS).iterdir():
         file.unlink()

@@ -49,6 +49,28 @@ def test_every_flipped_byte_is_found(path: Path) -> None:
         assert kinds(path) == {("shards/train-00001.arrow", "checksum")}
 
 
+def test_every_flipped_byte_of_the_other_files_is_found(path: Path, tmp_path: Path) -> None:
+    """All but README.md, which is there to be edited."""
+    source = tmp_path / "made"
+    source.mkdir()
+    (source / "tokenizer.json").write_text('{"a": 1}')
+    shutil.rmtree(path)
+    with synthetic.StoreWriter.begin(path, synthetic.plan()) as writer:
+        for shard in writer.missing():
+            writer.commit(synthetic.fill(writer, shard))
+        writer.finish("# a card\n", {"tokenizer": source})
+    rng = random.Random(0)
+    for name in ("tokenizer/tokenizer.json", "samples.parquet", "index.duckdb", "plan.json", "store.json"):
+        sound = (path / name).read_bytes()
+        for at in rng.sample(range(len(sound)), min(8, len(sound))):
+            (path / name).write_bytes(sound[:at] + bytes([sound[at] ^ (1 << rng.randrange(8))]) + sound[at + 1 :])
+            assert not verify(path)["ok"], f"{name}: byte {at}"
+        (path / name).unlink()
+        assert (name, "missing") in kinds(path)
+        (path / name).write_bytes(sound)
+    assert verify(path)["ok"]
+
+
 def test_truncated_missing_swapped_and_extra_files(path: Path) -> None:
     shards = path / "shards"
     (shards / "train-00000.arrow").write_bytes((shards / "train-00000.arrow").read_bytes()[:-1])
@@ -101,7 +123,7 @@ def test_an_index_that_disagrees_is_found_and_made_anew(path: Path) -> None:
     assert kinds(path) == {("index.duckdb", "index")}
     (path / "index.duckdb").unlink()
     (path / "samples.parquet").write_bytes(b"PAR1")
-    assert kinds(path) == {("index.duckdb", "missing"), ("samples.parquet", "index")}
+    assert kinds(path) == {("index.duckdb", "missing"), ("samples.parquet", "size")}
     with pytest.raises(StoreCorrupt, match="index .* --rebuild"):
         TeacherStore.open(path).select(where="true")
     rebuild_index(path)
@@ -149,6 +171,8 @@ def _set(where: list[Any], value: Any) -> Callable[[dict[str, Any]], None]:
         _set(["shards", 0, "bytes"], "many"),
         _set(["shards"], []),
         _set(["plan"], None),
+        _set(["files"], {"../secret": {"bytes": 1, "sha256": ""}}),
+        _set(["files"], {"/etc/passwd": {"bytes": 1, "sha256": ""}}),
         _set(["plan", "fields"], [{"name": "x"}]),
         _set(["plan", "fields", 0, "shape"], ["S"] * 3 + [-5]),
         _set(["plan", "fields", 0, "shape"], [[["S"]]]),
