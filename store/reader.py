@@ -154,6 +154,12 @@ class TeacherRows:
     def fields(self) -> dict[str, FieldSpec]:
         return {spec.name: spec for spec in self.specs}
 
+    def with_fields(self, names: Sequence[str]) -> TeacherRows:
+        """The same rows with inputs, labels and those of `names` that are stored."""
+        wanted = {*ALWAYS, *names, *_companions(self.store.fields, [n for n in names if n in self.store.fields])}
+        specs = [spec for name, spec in self.store.fields.items() if name in wanted]
+        return TeacherRows(self.store, self._ids, specs, self.split)
+
     @property
     def sample_ids(self) -> np.ndarray:
         """int64 [N]: positions in the whole store, the `sample_id` of the index."""

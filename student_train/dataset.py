@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from ..store.reader import ALWAYS, TeacherRows
+from ..store.reader import TeacherRows
 from ..store.schema import LABELS, LOGITS
 from .losses.terms import MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
 from .sampler import EvaluationBatchSampler, TrainBatchSampler
@@ -27,12 +27,7 @@ def is_store_rows(dataset: Any) -> bool:
 
 def narrowed(rows: Any, fields: Sequence[str]) -> Any:
     """The same rows with inputs, labels and those of `fields` that are stored; no other column is read."""
-    if not isinstance(rows, TeacherRows):
-        return rows.narrowed(fields)
-    store = rows.store
-    wanted = {*ALWAYS, *fields}
-    specs = [spec for name, spec in store.fields.items() if name in wanted]
-    return TeacherRows(store, rows.sample_ids, specs, rows.split)
+    return rows.with_fields(fields) if isinstance(rows, TeacherRows) else rows.narrowed(fields)
 
 
 def problem_type_of(store: Any) -> str:

@@ -324,3 +324,35 @@ def test_settings_need_a_store_a_student_and_a_folder():
     ):
         with pytest.raises(ConfigError, match=message):
             TrainConfig(**wrong)
+
+
+def test_from_text_to_student(tiny_teacher_dir, tmp_path):
+    """Both phases: what the dump writes, the student learns from; its own layers make the student."""
+    from predistill.teacher_dump.config import DumpConfig
+    from predistill.teacher_dump.dump import dump
+
+    lines = [json.dumps({"text": f"a {word} film", "label": at % 2}) for at, word in enumerate(["dull", "clever"] * 12)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines[:-1] + [json.dumps({"text": "funny", "label": None})]))
+    (tmp_path / "validation.jsonl").write_text("\n".join(lines[:6]))
+    data = f"train={tmp_path / 'train.jsonl'},validation={tmp_path / 'validation.jsonl'}"
+    dump(
+        DumpConfig(
+            teacher=str(tiny_teacher_dir), dataset=data, task="text-classification",
+            output_dir=str(tmp_path / "store"), dtype="float32", device="cpu",
+        )
+    )  # fmt: skip
+    metrics = train(
+        {
+            "stores": [str(tmp_path / "store")],
+            "student": "from-teacher-layers:1,2",
+            "teacher": str(tiny_teacher_dir),
+            "output_dir": str(tmp_path / "student"),
+            "training_arguments": {**FAST, "learning_rate": 0.0, "eval_strategy": "epoch"},
+        }
+    )
+    assert metrics["eval_teacher_agreement"] == 1.0, "all layers, not trained: the teacher itself"
+    assert metrics["eval_loss_logits"] == pytest.approx(0, abs=1e-6)
+    assert json.loads((tmp_path / "student" / "config.json").read_text())["id2label"] == {
+        "0": "negative",
+        "1": "positive",
+    }
