@@ -9,7 +9,7 @@ twice (docs/experiments.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -129,14 +129,17 @@ class Gather:
         longest, width = int(lengths.max(initial=0)), schema.entry_width(part.shape)
         pad = spec.pad if len(self.parts[spec.name]) == 1 else 0
         out = slot.array((spec.name, part.name), (rows.count, longest, width), part.numpy_dtype)
+        flat = out.reshape(-1, width)
         if longest and part.entry_bytes * int(lengths.sum()) >= WIDE * rows.count:
-            for place, stored in self._each(spec, part, rows):
-                out[place, : len(stored)] = stored
-                out[place, len(stored) :] = pad
+            for shard, copies in rows.copies(spec.name, symbol, longest):
+                values = self.extent(shard, spec.name, part).values
+                for begin, end, first, middle, last in copies:
+                    flat[first:middle] = values[begin:end]
+                    flat[middle:last] = pad
         elif longest:
             for shard, places, entries in rows.entries(spec.name, symbol, longest):
                 _take_into(self.extent(shard, spec.name, part).values, entries, out, places)
-            out.reshape(-1, width)[rows.padding(spec.name, symbol, longest)] = pad
+            flat[rows.padding(spec.name, symbol, longest)] = pad
         return out.reshape(rows.count, longest, *part.shape[1:])
 
     def _take_square(self, spec: FieldSpec, part: Part, rows: BatchRows, slot: Slot) -> np.ndarray:
@@ -146,21 +149,16 @@ class Gather:
         shape = tuple(longest if isinstance(size, str) else size for size in part.shape)
         out = slot.array((spec.name, part.name), (rows.count, *shape), part.numpy_dtype)
         out[...] = 0
-        for place, stored in self._each(spec, part, rows):
-            own = tuple(int(lengths[place]) if isinstance(size, str) else size for size in part.shape)
-            if stored.size != math.prod(own):
-                raise StoreCorrupt(f"column {spec.name}: a row of shape {own} holds {stored.size} values")
-            out[place][tuple(slice(size) for size in own)] = stored.reshape(own)
-        return out
-
-    def _each(self, spec: FieldSpec, part: Part, rows: BatchRows) -> Iterator[tuple[int, np.ndarray]]:
-        """(place in the batch, stored entries) of each row."""
         for shard, places, local in rows.groups():
             values, starts = self.extent(shard, spec.name, part)
             assert starts is not None
-            ends = starts[local + 1].tolist()
-            for (place, begin), end in zip(rows.pairs(places, starts[local]), ends, strict=True):
-                yield place, values[begin:end]
+            for place, row in rows.pairs(places, local):
+                stored = values[starts[row] : starts[row + 1], 0]
+                own = tuple(int(lengths[place]) if isinstance(size, str) else size for size in part.shape)
+                if stored.size != math.prod(own):
+                    raise StoreCorrupt(f"column {spec.name}: a row of shape {own} holds {stored.size} values")
+                out[place][tuple(slice(size) for size in own)] = stored.reshape(own)
+        return out
 
     def _objects(self, spec: FieldSpec, rows: BatchRows) -> list[Any]:
         found: list[Any] = [None] * rows.count

@@ -1,8 +1,8 @@
 """One thread ahead: batches gathered into reused memory while the caller works, cold pages asked for before that.
 
 Hand-overs between threads cost 10-20 us, so small batches travel in chunks of about 4 MB. A chunk's pages are asked
-for (`posix_fadvise(WILLNEED)`) while the chunk before it is gathered, and only where a probe finds them cold: asking
-costs a third of the speed when they are warm.
+for (`posix_fadvise(WILLNEED)`) 32 MB before it is gathered, and only where a probe finds them cold: asking costs a
+third of the speed when they are warm.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .rows import row_ranges
 
 CHUNK_BYTES = 4 << 20
 CHUNK_BATCHES = 256
+AHEAD_BYTES = 32 << 20  # asked for before they are gathered: a disk needs many requests at once to reach its speed
 _PROBES = 4  # pages looked at before a chunk is taken to be warm
 _LONGEST_REST = 64  # chunks that are not probed after a run of warm ones
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
@@ -69,6 +70,7 @@ class Prefetcher:
         for _ in range(max(buffers, 2)):
             self._free.put([])
         self._rest, self._resting = 0, 0  # chunks not to probe: doubled by each warm one, none after a cold one
+        self._ahead = 1  # chunks, once the first of them tells how large they are
         self._stop = threading.Event()
         self._generator = np.random.default_rng(0)  # which pages to probe; never which rows to read
         self._thread = threading.Thread(target=self._work, name="predistill-prefetch", daemon=True)
@@ -98,15 +100,17 @@ class Prefetcher:
 
     def _work(self) -> None:
         try:
-            following = self._next_chunk()
-            while following and not self._stop.is_set():
-                chunk, following = following, self._next_chunk()
-                if following:
-                    self._ask_for(following)
+            ahead: deque[_Chunk] = deque()
+            while not self._stop.is_set():
+                while len(ahead) <= self._ahead and (chunk := self._next_chunk()) is not None:
+                    self._ask_for(chunk)
+                    ahead.append(chunk)
+                if not ahead:
+                    break
                 slots = self._free.get()
                 if slots is None:
                     return
-                self._ready.put((self._gather_chunk(chunk, slots), slots))
+                self._ready.put((self._gather_chunk(ahead.popleft(), slots), slots))
             self._ready.put(_End())
         except BaseException as error:  # handed to the caller at its next batch
             self._ready.put(_End(error))
@@ -121,6 +125,7 @@ class Prefetcher:
                 break
         if not lists:
             return None
+        self._ahead = max(1, int(AHEAD_BYTES // max(size, CHUNK_BYTES // 8)))
         together = np.concatenate([np.asarray(one) for one in lists]) if len(lists) > 1 else lists[0]
         ends = np.cumsum([len(one) for one in lists]).tolist()
         return _Chunk(self._resolve(together), list(zip([0, *ends], ends, strict=False)))

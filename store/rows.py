@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 Group = tuple[int, slice | np.ndarray, np.ndarray]  # shard, places in the batch, rows in the shard
 
+Copy = tuple[int, int, int, int, int]  # stored entries [0, 1) to places [2, 3); padding at [3, 4)
+
 
 class Extent(NamedTuple):
     """One part of one column in one shard: values [entries, width], starts [rows + 1] or None for fixed rows."""
@@ -67,6 +69,20 @@ class BatchRows:
                 starts = self._starts(shard, name, symbol)
                 begin, last = starts[local], starts[local + 1] - 1
                 made.append((shard, places, np.minimum(begin[:, None] + np.arange(longest), last[:, None]).ravel()))
+            self._cache[key] = made
+        return self._cache[key]
+
+    def copies(self, name: str, symbol: str, longest: int) -> list[tuple[int, list[Copy]]]:
+        """By shard: which stored entries go where in the padded batch [B * longest], for copies row by row."""
+        key = ("copies", name if symbol == "*" else symbol)
+        if key not in self._cache:
+            made = []
+            for shard, places, local in self.groups():
+                starts = self._starts(shard, name, symbol)
+                begin, end = starts[local], starts[local + 1]
+                first = np.arange(self.count)[places] * longest
+                columns = (begin, end, first, first + end - begin, first + longest)
+                made.append((shard, list(zip(*(column.tolist() for column in columns), strict=True))))
             self._cache[key] = made
         return self._cache[key]
 

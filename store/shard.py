@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,10 +42,31 @@ class ShardPlan:
         return asdict(self)
 
 
+class Memory:
+    """Large buffers, kept from shard to shard: memory touched for the first time costs more than the copy into it."""
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+        self._lock = threading.Lock()  # shards are opened in one thread and committed in another
+
+    def take(self, size: int) -> np.ndarray:
+        """uint8 [>= size], uncleared: the smallest kept buffer that fits well, or a new one."""
+        with self._lock:
+            fitting = [at for at, buffer in enumerate(self._free) if size <= buffer.size <= 2 * size]
+            if fitting:
+                return self._free.pop(min(fitting, key=lambda at: self._free[at].size))
+        return np.empty(size + size // 8, np.uint8)
+
+    def give(self, buffers: list[np.ndarray]) -> None:
+        """Take back what one shard used; what it left unused is let go."""
+        with self._lock:
+            self._free = buffers
+
+
 class _Buffer:
     """The values of one part, in place, and where each row starts."""
 
-    def __init__(self, part: Part, lengths: Mapping[str, np.ndarray], rows: int):
+    def __init__(self, part: Part, lengths: Mapping[str, np.ndarray], rows: int, memory: Memory):
         self.part, self.rows = part, rows
         counts = schema.entries_per_row(part.shape, lengths)
         self.starts: np.ndarray | None = None
@@ -52,7 +74,9 @@ class _Buffer:
             self.starts = np.zeros(rows + 1, np.int64)
             np.cumsum(counts, out=self.starts[1:])
         entries = rows if self.starts is None else int(self.starts[-1])
-        self.values = np.empty((entries, schema.entry_width(part.shape)), part.numpy_dtype)
+        width, dtype = schema.entry_width(part.shape), part.numpy_dtype
+        self.memory = memory.take(entries * width * dtype.itemsize)
+        self.values = np.ndarray((entries, width), dtype, self.memory)
 
     def place(self, entries: np.ndarray, values: np.ndarray) -> None:
         self.values[entries] = values.reshape(len(entries), -1)
@@ -81,7 +105,15 @@ class ShardBuilder:
     rows: samples in the shard. lengths: {"S": int64[rows]} and {"P": ...} where fields need them.
     """
 
-    def __init__(self, plan: ShardPlan, fields: Sequence[FieldSpec], rows: int, lengths: Mapping[str, np.ndarray]):
+    def __init__(
+        self,
+        plan: ShardPlan,
+        fields: Sequence[FieldSpec],
+        rows: int,
+        lengths: Mapping[str, np.ndarray],
+        memory: Memory | None = None,
+    ):
+        memory = Memory() if memory is None else memory
         self.plan, self.fields, self.rows = plan, list(fields), rows
         self.lengths = {name: np.asarray(value, np.int64) for name, value in lengths.items()}
         self.columns: dict[str, pa.Array] = {}
@@ -90,7 +122,7 @@ class ShardBuilder:
         self._buffers: dict[str, list[_Buffer]] = {}
         for spec in self.fields:
             if spec.codec not in WHOLE_COLUMN and "*" not in spec.shape:
-                self._buffers[spec.name] = [_Buffer(part, self.lengths, rows) for part in parts_of(spec)]
+                self._buffers[spec.name] = [_Buffer(part, self.lengths, rows, memory) for part in parts_of(spec)]
                 self._placed[spec.name] = np.zeros(rows, bool)
         self._specs = {spec.name: spec for spec in self.fields}
 
@@ -147,6 +179,10 @@ class ShardBuilder:
         shard = {**self.plan.to_json(), "rows": self.rows}
         described = pa.schema(names, metadata=schema.metadata(self.fields, shard, fingerprint))
         return pa.RecordBatch.from_arrays(list(columns.values()), schema=described)
+
+    def memory(self) -> list[np.ndarray]:
+        """The buffers it was given; they may be used again once the shard is on disk."""
+        return [buffer.memory for buffers in self._buffers.values() for buffer in buffers]
 
     @property
     def tokens(self) -> int:

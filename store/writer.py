@@ -20,6 +20,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -30,7 +31,7 @@ from . import index, manifest
 from .errors import ConfigError, OutOfSpace, StoreError
 from .identity import compare, digest
 from .manifest import Plan, shard_path
-from .shard import ShardBuilder, ShardPlan, fsync_folder, write_arrow
+from .shard import Memory, ShardBuilder, ShardPlan, fsync_folder, write_arrow
 
 INFORMATION = ("identity.teacher.name", "identity.dataset.name", "identity.tokenizer.name")  # paths are no identity
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -44,7 +45,7 @@ class StoreWriter:
     """
 
     def __init__(self, path: Path, plan: Plan, lock: IO[bytes]):
-        self.path, self.plan, self._lock = path, plan, lock
+        self.path, self.plan, self._lock, self._memory = path, plan, lock, Memory()
 
     @classmethod
     def begin(cls, path: str | os.PathLike[str], plan: Plan, overwrite: bool = False) -> StoreWriter:
@@ -74,7 +75,7 @@ class StoreWriter:
 
     def open_shard(self, shard: ShardPlan, rows: int, lengths: Mapping[str, np.ndarray]) -> ShardBuilder:
         """A builder with all of the shard's buffers in memory. lengths: {"S": int64[rows]}."""
-        return ShardBuilder(shard, self.plan.fields, rows, lengths)
+        return ShardBuilder(shard, self.plan.fields, rows, lengths, self._memory)
 
     def commit(self, builder: ShardBuilder) -> dict[str, Any]:
         """Write the shard under a temporary name, fsync, rename, then its sidecar, which makes it count."""
@@ -84,6 +85,7 @@ class StoreWriter:
             written = write_file(builder.to_batch(self.plan.fingerprint), path)
             entry = {**written, "rows": builder.rows, "tokens": builder.tokens}
             manifest.write_json(path.with_suffix(".json"), {**entry, "fingerprint": self.plan.fingerprint})
+        self._memory.give(builder.memory())
         return entry
 
     def finish(self, card: str | None = None, folders: Mapping[str, Path] | None = None) -> dict[str, Any]:
@@ -126,17 +128,24 @@ class StoreWriter:
 
 
 class _Hashing:
-    """A file that hashes what is written to it."""
+    """A file whose bytes are hashed in a thread, beside the writing and the fsync: each takes about as long."""
 
     def __init__(self, file: IO[bytes]):
-        self._file, self.sha256, self.bytes, self.closed = file, hashlib.sha256(), 0, False
+        self._file, self.bytes, self.closed = file, 0, False
+        self._sha256, self._thread = hashlib.sha256(), ThreadPoolExecutor(1, "predistill-sha256")
 
     def write(self, data: Any) -> int:
         view = memoryview(data)
-        self.sha256.update(view)
-        self._file.write(view)
+        self._thread.submit(self._sha256.update, view)
+        written = 0
+        while written < view.nbytes:  # a raw file writes at most 2 GB at a time
+            written += self._file.write(view[written:]) or 0
         self.bytes += view.nbytes
         return view.nbytes
+
+    def digest(self) -> str:
+        self._thread.shutdown()
+        return self._sha256.hexdigest()
 
     def flush(self) -> None:
         self._file.flush()
@@ -162,11 +171,14 @@ def write_file(batch: Any, path: Path) -> dict[str, Any]:
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb", buffering=0) as file:
         sink = _Hashing(file)
-        write_arrow(batch, sink)
-        os.fsync(file.fileno())
+        try:
+            write_arrow(batch, sink)
+            os.fsync(file.fileno())
+        finally:
+            sha256 = sink.digest()
     os.replace(temporary, path)
     fsync_folder(path.parent)
-    return {"sha256": sink.sha256.hexdigest(), "bytes": sink.bytes}
+    return {"sha256": sha256, "bytes": sink.bytes}
 
 
 def check_folder(path: Path) -> None:
