@@ -70,7 +70,7 @@ class Prefetcher:
         for _ in range(max(buffers, 2)):
             self._free.put([])
         self._rest, self._resting = 0, 0  # chunks not to probe: doubled by each warm one, none after a cold one
-        self._ahead = 1  # chunks, once the first of them tells how large they are
+        self._ahead, self._most = 1, 1  # chunks asked for ahead while pages are cold; batches a chunk, doubled from 1
         self._stop = threading.Event()
         self._generator = np.random.default_rng(0)  # which pages to probe; never which rows to read
         self._thread = threading.Thread(target=self._work, name="predistill-prefetch", daemon=True)
@@ -121,11 +121,11 @@ class Prefetcher:
         for batch in self._source:
             lists.append(batch)
             size += len(batch) * self._row_bytes
-            if size >= CHUNK_BYTES or len(lists) >= CHUNK_BATCHES:
+            if size >= CHUNK_BYTES or len(lists) >= self._most:
                 break
         if not lists:
             return None
-        self._ahead = max(1, int(AHEAD_BYTES // max(size, CHUNK_BYTES // 8)))
+        self._most = min(2 * self._most, CHUNK_BATCHES)
         together = np.concatenate([np.asarray(one) for one in lists]) if len(lists) > 1 else lists[0]
         ends = np.cumsum([len(one) for one in lists]).tolist()
         return _Chunk(self._resolve(together), list(zip([0, *ends], ends, strict=False)))
@@ -151,9 +151,11 @@ class Prefetcher:
         ranges = row_ranges(self._gather, chunk.rows)
         if any(_is_cold(self._paths[shard], found) for shard, found in self._sample(ranges)):
             self._rest = self._resting = 0
+            self._ahead = AHEAD_BYTES // CHUNK_BYTES
             for shard, found in ranges.items():
                 advise(self._paths[shard], found)
         else:
+            self._ahead = 1
             self._rest = self._resting = min(max(1, 2 * self._rest), _LONGEST_REST)
 
     def _sample(self, ranges: Mapping[int, np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
