@@ -17,7 +17,7 @@ from typing import Any
 from .errors import DataError, StoreMismatch
 
 _CHUNK = 1 << 20  # bytes read at a time
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".gguf")
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf", "tf_model*.h5")  # the first that is there
 _VOLATILE = ("padding", "truncation", "version")  # state of a tokenizer's last call, and of its file format
 
 
@@ -82,10 +82,12 @@ def tokenizer_content(tokenizer: Any) -> dict[str, Any]:
 def weights_sha256(folder: str | os.PathLike[str]) -> str:
     """Hash of a model folder's weight files by name and content; cached per file by size and mtime.
 
+    Safetensors where there are any, as transformers prefers them; what a trainer leaves beside them is not the model.
     Raises DataError where the folder holds no weights.
     """
-    files = sorted(path for path in Path(folder).iterdir() if path.suffix in _WEIGHTS and path.is_file())
-    if not files:
+    found = (sorted(path for path in Path(folder).glob(pattern) if path.is_file()) for pattern in _WEIGHTS)
+    files = next((files for files in found if files), None)
+    if files is None:
         raise DataError(f"{folder}: no weights ({', '.join(_WEIGHTS)}) found")
     return digest([[path.name, _cached_sha256(path)] for path in files])
 

@@ -22,6 +22,7 @@ from .shard import ShardPlan, fsync_folder
 PLAN, MANIFEST, SHARDS = "plan.json", "store.json", "shards"
 FOLDERS = ("tokenizer", "processor")
 INDEX, SAMPLES, CARD, LOCK = "index.duckdb", "samples.parquet", "README.md", ".lock"
+NAMED = ("teacher", "tokenizer", "dataset")  # parts of the identity whose "name" is information only
 _LARGEST_JSON = 1 << 30  # bytes; a manifest of a million shards is 300 MB
 _SAFE = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-.")
 
@@ -53,7 +54,12 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        return digest(json.loads(json.dumps(self.to_json())))
+        """Digest of the plan without the names of teacher, tokenizer and dataset, which say where, not what."""
+        plan = json.loads(json.dumps(self.to_json()))
+        for part in NAMED:
+            if isinstance(plan["identity"].get(part), dict):
+                plan["identity"][part].pop("name", None)
+        return digest(plan)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], where: str) -> Plan:

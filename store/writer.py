@@ -33,7 +33,7 @@ from .identity import compare, digest
 from .manifest import Plan, shard_path
 from .shard import Memory, ShardBuilder, ShardPlan, fsync_folder, write_arrow
 
-INFORMATION = ("identity.teacher.name", "identity.dataset.name", "identity.tokenizer.name")  # paths are no identity
+INFORMATION = tuple(f"identity.{part}.name" for part in manifest.NAMED)  # paths are no identity
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

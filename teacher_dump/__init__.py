@@ -1,6 +1,14 @@
-"""Phase 1: run the teacher once and keep what it says.
+"""Phase 1: run the teacher once and keep what it says. The story is `dump.py`.
 
-    config  what is asked for          data     rows in, memory-mapped     survey    every row checked and hashed
-    tasks/  rows to inputs, outputs to columns  teacher  who the teacher is   capture  a batch through it
-    planning  shards, size, time       shards   a shard from rows to disk  dump      the story, start here
+config      what is asked for
+data        rows in, memory-mapped
+survey      every row looked at, and hashed
+labels      label columns of every form; label_names: do both mean the same by class 0?
+tasks/      how a row becomes inputs, and outputs become columns
+teacher     who the teacher is
+capture     a batch through it
+planning    shards, size and time, from a few rows
+shards      one shard, from rows to a committed file
+background  threads beside the teacher
+dump        all of it, in order
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -70,29 +70,35 @@ class Background:
 
 
 class Ahead(Generic[Item, Made]):
-    """Iterates over `make(item)`, one made in a thread beside the one in use; the first begins at once."""
+    """Iterates over `make(item)`, one made in a thread beside the one in use; the first begins at once.
+
+    Nobody waits for what is no longer wanted: an interrupted dump ends while its next shard is still tokenised.
+    """
 
     def __init__(self, make: Callable[[Item], Made], items: Sequence[Item]):
-        self._pool = ThreadPoolExecutor(1, "predistill-tokenizer")
         self._make, self._items = make, list(items)
-        self._next = self._submit(0)
+        self._next = self._start(0)
 
     def __iter__(self) -> Iterator[Made]:
         for at in range(len(self._items)):
             made = self._next.result()
             if at + 1 < len(self._items):
-                self._next = self._submit(at + 1)
+                self._next = self._start(at + 1)
             yield made
 
     def wait(self) -> None:
         """Until what is being made is ready."""
         wait([self._next])
 
-    def _submit(self, at: int) -> Future[Made]:
-        return self._pool.submit(self._make, self._items[at])
+    def _start(self, at: int) -> Future[Made]:
+        made: Future[Made] = Future()
+        threading.Thread(
+            target=self._fill, args=(made, self._items[at]), name="predistill-tokenizer", daemon=True
+        ).start()
+        return made
 
-    def __enter__(self) -> Ahead[Item, Made]:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+    def _fill(self, made: Future[Made], item: Item) -> None:
+        try:
+            made.set_result(self._make(item))
+        except BaseException as error:  # raised where the result is asked for
+            made.set_exception(error)

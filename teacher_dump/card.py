@@ -16,7 +16,7 @@ _TEMPLATE = """---
 # {{ name }}
 
 What a teacher says of every row of a dataset, kept so that students can be trained without running it again.
-Made by [predistill](https://pypi.org/project/predistill/); the layout is described in its `store/FORMAT.md`.
+Made by predistill; the layout is described in its `store/FORMAT.md`.
 
 | | |
 |---|---|

@@ -70,9 +70,7 @@ class DumpConfig:
     layers: str | None = _setting(None, "Layers of fields that have layers; logits have none.")
     keep_columns: list[str] = _list([], "Source columns to carry into the store, for queries.")
     dtype: str = _setting("float16", "How teacher outputs are stored.", choices=DTYPES)
-    max_length: int | None = _setting(
-        None, "Longer inputs are cut. Default: what the teacher takes.", unit="tokens"
-    )
+    max_length: int | None = _setting(None, "Longer inputs are cut. Default: what the teacher takes.", unit="tokens")
     tokens_per_batch: int | None = _setting(
         None, "Size of a teacher batch, padding included. Default: 4096 on a CPU, 32768 elsewhere.", unit="tokens"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 import tempfile
 import time
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ def dump(config: DumpConfig) -> dict[str, Any]:
     done = _committed(folder)
     overwrite = config.overwrite or not done  # a plan of which nothing is committed yet holds nobody to it
     left = sum(shard.stop - shard.start for shard in job.plan.shards if overwrite or shard.name not in done)
-    check_room(folder, round(left * job.pilot.bytes) - (sum(done.values()) if overwrite else 0))
+    check_room(folder, planning.room(job.pilot, left, job.source.rows) - (sum(done.values()) if overwrite else 0))
     with StoreWriter.begin(folder, job.plan, overwrite) as writer:
         missing = writer.missing()
         if missing or not (folder / manifest.MANIFEST).exists():
@@ -104,9 +104,9 @@ def _run_shards(config: DumpConfig, job: Job, writer: StoreWriter, missing: list
     """Tokenising the next shard, and encoding and writing what came, go on beside the teacher."""
     if not missing:
         return
-    make = partial(prepare, job.source, job.task, config.keep_columns)
     rows = sum(shard.stop - shard.start for shard in missing)
-    with Ahead(make, missing) as prepared, Background() as background:
+    prepared = Ahead(partial(prepare, job.source, job.task, config.keep_columns), missing)
+    with Background() as background:
         capture = Capture(job.teacher, job.task)
         prepared.wait()  # tokenising beside it would slow the pilot down
         _measure(config, job, capture, rows // _PILOT_SHARE, missing)
@@ -162,7 +162,7 @@ def _identity(source: SourceData, teacher: Teacher, checked: Survey) -> dict[str
     found["dataset"] = {
         "name": source.name, "revision": source.revision, "rows": source.rows, "rows_sha256": checked.rows_sha256,
     }  # fmt: skip
-    found["versions"]["predistill"] = importlib.metadata.version("predistill")
+    found["versions"]["predistill"] = importlib.import_module(__name__.split(".")[0]).__version__  # installed or not
     return found
 
 

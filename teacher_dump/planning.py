@@ -21,8 +21,10 @@ from .tasks import Samples, Task
 from .teacher import Teacher
 
 PILOT_ROWS = 1000  # tokenised to learn how long rows are
+INDEX_BYTES = 150  # a row of index.duckdb and samples.parquet, kept columns aside
 PILOT_SECONDS = 1.0  # of the teacher's time
-TOKENS_PER_BATCH = {"cpu": 4096}  # measured with a MiniLM on 2 cores: 4096 is 1.7 times 256, and as fast as 16384
+# With a MiniLM, 1024 to 4096 are within 15 % of each other on one core, 16384 is 35 to 50 % slower; two cores like 4096
+TOKENS_PER_BATCH = {"cpu": 4096}
 TOKENS_ON_DEVICES = 32768
 SHARD_WORK = {"cpu": 2e13}  # floating-point operations: some ten minutes, which is what a kill can lose
 SHARD_WORK_ON_DEVICES = 2e16
@@ -30,12 +32,13 @@ SHARD_WORK_ON_DEVICES = 2e16
 
 @dataclass(frozen=True)
 class Pilot:
-    """What a few rows tell of all. samples: those rows; tokens and bytes: a row on average."""
+    """What a few rows tell of all. samples: those rows; tokens, bytes and carried bytes: a row on average."""
 
     split: str
     samples: Samples
     tokens: float
     bytes: float
+    carried: float
 
 
 def tokens_per_batch(config: DumpConfig, teacher: Teacher) -> int:
@@ -53,7 +56,7 @@ def look(source: SourceData, task: Task, fields: list[FieldSpec], carried_bytes:
         if split == largest:
             samples = made
     tokens = float(np.concatenate(lengths).mean())
-    return Pilot(largest, samples, tokens, bytes_per_row(fields, {"S": tokens, "*": 1}) + carried_bytes)
+    return Pilot(largest, samples, tokens, bytes_per_row(fields, {"S": tokens, "*": 1}) + carried_bytes, carried_bytes)
 
 
 def plan_shards(source: SourceData, pilot: Pilot, shard_size: int, teacher: Teacher) -> list[ShardPlan]:
@@ -66,6 +69,11 @@ def plan_shards(source: SourceData, pilot: Pilot, shard_size: int, teacher: Teac
         bounds = [len(rows) * at // count for at in range(count + 1)]
         shards += [ShardPlan(split, at, bounds[at], bounds[at + 1]) for at in range(count)]
     return shards
+
+
+def room(pilot: Pilot, left: int, rows: int) -> int:
+    """Bytes that `left` rows still to be dumped and an index of all `rows` take."""
+    return round(left * pilot.bytes + rows * (INDEX_BYTES + pilot.carried))
 
 
 def time_teacher(capture: Capture, pilot: Pilot, per_batch: int, rows: int) -> tuple[float, str | None]:

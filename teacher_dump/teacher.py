@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers.utils import logging
 
-from ..store.errors import ConfigError
+from ..store.errors import ConfigError, PredistillError
 from ..store.identity import digest, tokenizer_sha256, weights_sha256
 from .config import AUTO, DumpConfig
 
@@ -206,7 +206,9 @@ def quiet_transformers() -> Iterator[None]:
 def _one_line(teacher: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except PredistillError:
+        raise
+    except Exception as error:  # transformers, safetensors and the Hub raise many kinds
         if "trust_remote_code" in str(error):
             raise ConfigError(
                 f"--teacher {teacher} is Python code of its own: read it, then let it run with --trust-remote-code"

@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-
 from predistill.store import ConfigError, DataError
 from predistill.teacher_dump.config import DumpConfig, looks_like_path, named_paths, parse_size
 from predistill.teacher_dump.data import load_rows, slices
@@ -21,7 +20,7 @@ from predistill.teacher_dump.label_names import agree, disagreement, teacher_nam
 from predistill.teacher_dump.labels import MULTI, REGRESSION, SINGLE, Labels
 from predistill.teacher_dump.survey import RowsHash
 
-ROWS = [{"text": f"row {at}, \"quoted\"\nand é", "label": at % 2} for at in range(25)]
+ROWS = [{"text": f'row {at}, "quoted"\nand é', "label": at % 2} for at in range(25)]
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +77,9 @@ def test_one_file_a_split(tmp_path: Path) -> None:
     first, second = write(tmp_path / "a=b,c.csv"), write(tmp_path / "b.parquet", ROWS[:3])
     found = load_rows(settings(f"train={first},validation={second}"))
     assert {split: len(rows) for split, rows in found.splits.items()} == {"train": 25, "validation": 3}
-    assert list(load_rows(settings(f"train={first},validation={second}", split=["validation"])).splits) == ["validation"]
+    assert list(load_rows(settings(f"train={first},validation={second}", split=["validation"])).splits) == [
+        "validation"
+    ]
     with pytest.raises(ConfigError, match="--split test: dataset .* has train, validation"):
         load_rows(settings(f"train={first},validation={second}", split=["test"]))
     with pytest.raises(ConfigError, match="each split is given once"):
@@ -103,7 +104,10 @@ def test_saved_datasets_and_folders_of_files(tmp_path: Path) -> None:
 
 def test_words_that_mean_nothing_to_csv_stay_text(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", [{"text": "null", "label": 1}, {"text": "NA", "label": None}])
-    assert rows_of(load_rows(settings(path)).splits["train"]) == [{"text": "null", "label": 1}, {"text": "NA", "label": None}]
+    assert rows_of(load_rows(settings(path)).splits["train"]) == [
+        {"text": "null", "label": 1},
+        {"text": "NA", "label": None},
+    ]
 
 
 def test_what_looks_like_a_path_is_never_asked_of_the_hub(tmp_path: Path) -> None:
@@ -124,7 +128,11 @@ def test_bad_files_are_one_line(tmp_path: Path) -> None:
     broken.write_text('{"text": "a"\n{"text":')
     text.write_text("a")
     empty.write_text("")
-    for path, error, words in ((broken, DataError, "cannot be read"), (text, ConfigError, "one of .csv"), (empty, DataError, "is empty")):
+    for path, error, words in (
+        (broken, DataError, "cannot be read"),
+        (text, ConfigError, "one of .csv"),
+        (empty, DataError, "is empty"),
+    ):
         with pytest.raises(error, match=words) as caught:
             load_rows(settings(path))
         assert "\n" not in str(caught.value)
@@ -161,8 +169,14 @@ def test_wrong_settings_say_what_is_allowed(more: dict[str, Any], words: str) ->
 
 def test_sizes() -> None:
     assert [parse_size(size) for size in (7, "7", "1kB", "2 MB", "1.5GB", "4GiB", "1t")] == [
-        7, 7, 1000, 2 * 10**6, 1_500_000_000, 4 * 2**30, 10**12,
-    ]  # fmt: skip
+        7,
+        7,
+        1000,
+        2 * 10**6,
+        1_500_000_000,
+        4 * 2**30,
+        10**12,
+    ]
 
 
 # labels
@@ -205,21 +219,36 @@ def test_labels_without_a_value_are_missing_in_their_own_way() -> None:
 @pytest.mark.parametrize(
     ("labels", "column", "error", "words"),
     [
-        (Labels("y", SINGLE, 3, None), pa.array([0, 1, 3]), DataError, "split train, row 2: column 'y' is 3; .* 0 to 2 expected"),
+        (
+            Labels("y", SINGLE, 3, None),
+            pa.array([0, 1, 3]),
+            DataError,
+            "split train, row 2: column 'y' is 3; .* 0 to 2 expected",
+        ),
         (Labels("y", SINGLE, 3, None), pa.array([0, -2]), DataError, "row 1: column 'y' is -2"),
         (Labels("y", SINGLE, 3, None), pa.array([0.5]), DataError, "row 0: column 'y' is 0.5"),
-        (Labels("y", SINGLE, 2, ["no", "yes"]), pa.array(["no", "maybe"]), DataError, "row 1: .* 'maybe'; .* 'no', 'yes'"),
+        (
+            Labels("y", SINGLE, 2, ["no", "yes"]),
+            pa.array(["no", "maybe"]),
+            DataError,
+            "row 1: .* 'maybe'; .* 'no', 'yes'",
+        ),
         (Labels("y", SINGLE, 2, None), pa.array(["no"]), ConfigError, "names such as 'no'.*--label-names"),
         (Labels("y", SINGLE, 2, None), pa.array([[0]]), ConfigError, "does not suit single_label"),
         (Labels("y", MULTI, 2, None), pa.array([0]), ConfigError, "does not suit multi_label"),
-        (Labels("y", MULTI, 2, None), pa.array([[0.0, 1.0], [1.0]]), DataError, "row 1: .* has 1 numbers; one for each of 2"),
+        (
+            Labels("y", MULTI, 2, None),
+            pa.array([[0.0, 1.0], [1.0]]),
+            DataError,
+            "row 1: .* has 1 numbers; one for each of 2",
+        ),
         (Labels("y", MULTI, 2, None), pa.array([[0.0, 1.5]]), DataError, "row 0: .* holds 1.5; 0 to 1 expected"),
         (Labels("y", MULTI, 3, None), pa.array([[0, 1], [4]]), DataError, "row 1: column 'y' is 4"),
         (Labels("y", MULTI, 2, ["a", "b"]), pa.array([["a"], ["z"]]), DataError, "row 1: .* 'z'"),
         (Labels("y", REGRESSION, 1, None), pa.array([1.0, float("inf")]), DataError, "row 1: .* is inf"),
         (Labels("y", REGRESSION, 1, None), pa.array(["high"]), DataError, "numbers expected for regression"),
     ],
-)  # fmt: skip
+)
 def test_bad_labels_are_named(labels: Labels, column: pa.Array, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         converted(labels, column)
@@ -262,7 +291,9 @@ def test_labels_are_put_into_the_teachers_order() -> None:
 
 
 def test_names_that_disagree_are_found_and_explained() -> None:
-    with pytest.raises(ConfigError, match="class 0 is 'neg' in the dataset and 'Pos' in the teacher's id2label.*by-name"):
+    with pytest.raises(
+        ConfigError, match="class 0 is 'neg' in the dataset and 'Pos' in the teacher's id2label.*by-name"
+    ):
         agree(["neg", "pos"], ["Pos", "NEG"], 2, "check")
     assert agree(["neg", "pos"], ["Pos", "NEG"], 2, "by-name")[:2] == (["Pos", "NEG"], [1, 0])
     assert agree(["neg", "pos"], ["Pos", "NEG"], 2, "by-id") == (["neg", "pos"], None, [])
@@ -300,14 +331,21 @@ def hashed(*tables: pa.Table) -> str:
 
 
 def test_rows_hash_sees_values_and_not_how_they_are_kept() -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"t": "ab", "n": 1, "x": 0.5, "l": ["p", None], "s": {"a": 1, "b": None}},
         {"t": "c", "n": None, "x": None, "l": None, "s": None},
         {"t": "", "n": -3, "x": 2.0, "l": [], "s": {"a": None, "b": b"\x00"}},
     ]
     table = pa.Table.from_pylist(rows)
-    other = pa.schema({"t": pa.large_string(), "n": pa.int16(), "x": pa.float32(), "l": pa.large_list(pa.large_string()),
-                       "s": pa.struct({"a": pa.int8(), "b": pa.large_binary()})})  # fmt: skip
+    other = pa.schema(
+        {
+            "t": pa.large_string(),
+            "n": pa.int16(),
+            "x": pa.float32(),
+            "l": pa.large_list(pa.large_string()),
+            "s": pa.struct({"a": pa.int8(), "b": pa.large_binary()}),
+        }
+    )
     expected = hashed(table)
     assert hashed(table.cast(other)) == expected
     assert hashed(table[:1], table[1:]) == expected and hashed(table[:0], table) == expected

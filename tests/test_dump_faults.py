@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-
+from dump_cases import SENTENCE
 from predistill.store import OutOfSpace, TeacherStore
 from predistill.store.verify import verify
 
@@ -65,11 +65,24 @@ class Forks:
     def __init__(self, folder: Path):
         self.errors = folder / "stderr"
         here = Path(__file__).resolve().parent
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache"),
-                       "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "XDG_CACHE_HOME": str(folder / "xdg")}  # fmt: skip
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "HF_DATASETS_CACHE": str(folder / "cache"),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "XDG_CACHE_HOME": str(folder / "xdg"),
+        }
         with open(self.errors, "w") as errors:
-            self._process = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                             stderr=errors, text=True, env=environment, cwd=here.parent.parent)  # fmt: skip
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", SERVER],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=environment,
+                cwd=here.parent.parent,
+            )
 
     def start(self, config: dict[str, Any], **order: Any) -> int:
         """Returns the process id of the dump."""
@@ -108,12 +121,21 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 def config(tiny_teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A dump of 240 rows in some 20 shards."""
     rng = random.Random(0)
-    words = "a warm and funny film the plot is thin jokes are old".split()
-    rows = [{"text": " ".join(rng.choices(words, k=rng.randint(1, 30))), "label": rng.randint(-1, 1)} for _ in range(240)]
+    words = SENTENCE.split()
+    rows = [
+        {"text": " ".join(rng.choices(words, k=rng.randint(1, 30))), "label": rng.randint(-1, 1)} for _ in range(240)
+    ]
     data = tmp_path_factory.mktemp("data") / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {"teacher": str(tiny_teacher_dir), "dataset": str(data), "task": "text-classification", "device": "cpu",
-            "shard_size": 2000, "tokens_per_batch": 128, "keep_columns": ["text"]}  # fmt: skip
+    return {
+        "teacher": str(tiny_teacher_dir),
+        "dataset": str(data),
+        "task": "text-classification",
+        "device": "cpu",
+        "shard_size": 2000,
+        "tokens_per_batch": 128,
+        "keep_columns": ["text"],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +196,9 @@ def test_killed_at_any_moment(forks: Forks, config: dict[str, Any], whole: tuple
 
 
 @pytest.mark.slow
-def test_killed_while_it_writes(forks: Forks, config: dict[str, Any], whole: tuple[Path, float], tmp_path: Path) -> None:
+def test_killed_while_it_writes(
+    forks: Forks, config: dict[str, Any], whole: tuple[Path, float], tmp_path: Path
+) -> None:
     """One dump that is killed again and again right after a commit, or within the next one."""
     folder, rng, kills = tmp_path / "store", random.Random(2), 0
     total = len(shards(whole[0]))
@@ -190,7 +214,9 @@ def test_killed_while_it_writes(forks: Forks, config: dict[str, Any], whole: tup
     check_equal(folder, whole[0])
 
 
-def test_interrupted_by_a_person(forks: Forks, config: dict[str, Any], whole: tuple[Path, float], tmp_path: Path) -> None:
+def test_interrupted_by_a_person(
+    forks: Forks, config: dict[str, Any], whole: tuple[Path, float], tmp_path: Path
+) -> None:
     folder = tmp_path / "store"
     mine = {**config, "output_dir": str(folder)}
     pid = forks.start(mine, pause=0.02)
@@ -221,7 +247,7 @@ def test_another_dump_is_kept_out(forks: Forks, config: dict[str, Any], tmp_path
     assert forks.wait() == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("limit", [4000, 300_000], ids=["no shard fits", "shards fit, the index does not"])
+@pytest.mark.parametrize("limit", [4000, 20_000, 300_000], ids=["no shard fits", "no index", "half an index"])
 def test_files_may_not_grow(
     limit: int, forks: Forks, config: dict[str, Any], whole: tuple[Path, float], tmp_path: Path
 ) -> None:
@@ -241,16 +267,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 96 kB in memory."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(folder)], capture_output=True, text=True)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(folder)], capture_output=True, text=True
+    )
     if made.returncode:
         pytest.skip(f"no file system can be mounted here: {made.stderr.strip()}")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_the_disk_fills_up(
-    forks: Forks, config: dict[str, Any], whole: tuple[Path, float], small_disk: Path
-) -> None:
+def test_the_disk_fills_up(forks: Forks, config: dict[str, Any], whole: tuple[Path, float], small_disk: Path) -> None:
     folder = small_disk / "store"
     mine = {**config, "output_dir": str(folder)}
     assert forks.run(mine, blind=True) == 1

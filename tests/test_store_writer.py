@@ -86,10 +86,13 @@ def test_another_setting_is_refused_by_name(tmp_path: Path, whole: Path) -> None
     assert verify(whole)["ok"]
 
 
-def test_the_same_teacher_from_another_path_is_the_same(whole: Path) -> None:
+def test_the_same_teacher_from_another_path_is_the_same(whole: Path, tmp_path: Path) -> None:
     moved = synthetic.plan()
     moved.identity["teacher"] = {**moved.identity["teacher"], "name": "another/path"}
     StoreWriter.begin(whole, moved).close()
+    with StoreWriter.begin(tmp_path / "s", moved) as writer:
+        writer.commit(synthetic.fill(writer, writer.missing()[0]))
+    assert shards(tmp_path / "s")["train-00000.arrow"] == shards(whole)["train-00000.arrow"]
 
 
 def test_overwrite_starts_over(tmp_path: Path) -> None:
@@ -221,6 +224,8 @@ def test_a_weights_hash_follows_content(
     data = bytearray((tiny_teacher_dir / "model.safetensors").read_bytes())
     (copy / "model.safetensors").write_bytes(data)
     assert weights_sha256(copy) == weights_sha256(tiny_teacher_dir) == before
+    (copy / "optimizer.pt").write_bytes(b"a trainer's")
+    assert weights_sha256(copy) == before
     data[-1] ^= 1
     (copy / "model.safetensors").write_bytes(data)
     assert weights_sha256(copy) != before
