@@ -71,7 +71,7 @@ def _plan_problems(folder: Path, plan: Plan, made: Mapping[str, Any]) -> Iterato
     if made["fingerprint"] != plan.fingerprint:
         yield _problem(folder / manifest.MANIFEST, folder, "manifest", "its fingerprint is not that of its plan")
     try:
-        if manifest.read_plan(folder).fingerprint != plan.fingerprint:
+        if manifest.read_plan(folder).to_json() != plan.to_json():
             yield _problem(path, folder, "plan", f"is not the plan that {manifest.MANIFEST} was made from")
     except StoreError as error:
         kind = "plan" if path.exists() else "missing"
