@@ -22,7 +22,7 @@ from typing import Any
 import click
 
 from . import __version__, flags, output
-from .doors import Doors, TrainCommand, common, example
+from .doors import Doors, TrainCommand, common, example, show_all_help
 from .quickstart import QuickstartConfig
 from .student_train.settings import TrainConfig
 from .teacher_dump.config import DumpConfig
@@ -85,9 +85,10 @@ def dump(ctx: click.Context, config_file: str | None, as_json: bool, **_: Any) -
         "                 --temperature 2 --alpha 0.7 --learning-rate 1e-4 --num-train-epochs 5",
     ),
 )
-@click.option("--help-all", is_flag=True, help="Show every field of transformers.TrainingArguments too.")
+@click.option("--help-all", is_flag=True, is_eager=True, expose_value=False, callback=show_all_help,
+              help="Show every field of transformers.TrainingArguments too.")  # fmt: skip
 @click.pass_context
-def train(ctx: click.Context, config_file: str | None, as_json: bool, help_all: bool, **_: Any) -> None:
+def train(ctx: click.Context, config_file: str | None, as_json: bool, **_: Any) -> None:
     """Train a student from stores; the teacher is never loaded. Takes every TrainingArguments field as a flag."""
     own, others = flags.settings(ctx, TrainConfig, config_file, needed=("stores", "output_dir"))
     with output.data_stream() as stream:
@@ -134,7 +135,9 @@ def verify(ctx: click.Context, store: str, as_json: bool) -> None:
 
 
 @cli.command(params=[store_argument(), *common()], epilog=example("predistill index stores/reviews --rebuild"))
-@click.option("--rebuild", is_flag=True, required=True, help="Make index.duckdb and samples.parquet anew from the shards.")
+@click.option(
+    "--rebuild", is_flag=True, required=True, help="Make index.duckdb and samples.parquet anew from the shards."
+)
 def index(store: str, rebuild: bool, as_json: bool) -> None:
     """Make the index of a store anew; what it says is derived from the shards."""
     with output.data_stream() as stream:

@@ -108,7 +108,7 @@ def common(*, json: bool = True, config: bool = False) -> list[click.Parameter]:
 
 
 class TrainCommand(click.Command):
-    """`train` takes every field of transformers.TrainingArguments, and imports transformers only to know the rare ones."""
+    """Takes every field of transformers.TrainingArguments, and imports transformers only to know the rare ones."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         known = {name for option in self.params for name in (*option.opts, *option.secondary_opts)}
@@ -128,7 +128,13 @@ class TrainCommand(click.Command):
         own = {field.name for field in dataclasses.fields(TrainConfig)}
         sections: dict[str, list[tuple[str, str]]] = {"Distillation": [], "Training": [], "Options": []}
         for parameter in self.get_params(ctx):
-            title = "Distillation" if parameter.name in own else "Options" if parameter.name in flags.SHARED or "--help" in parameter.opts else "Training"
+            title = (
+                "Distillation"
+                if parameter.name in own
+                else "Options"
+                if parameter.name in flags.SHARED or "--help" in parameter.opts
+                else "Training"
+            )
             record = parameter.get_help_record(ctx)
             if record and isinstance(parameter, click.Option):
                 sections[title].append(record)
@@ -137,9 +143,18 @@ class TrainCommand(click.Command):
                 formatter.write_dl(records)
 
 
+def show_all_help(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:
+    """--help-all: the help of a command whose arguments were all read for the sake of this flag."""
+    if wanted:
+        click.echo(ctx.get_help())
+        ctx.exit()
+
+
 def rare_arguments() -> list[click.Parameter]:
     """Flags of every field of DistillationConfig that `predistill train` does not itself set. Imports transformers."""
     with contextlib.redirect_stdout(sys.stderr):
         from .student_train.config import DistillationConfig
 
-    return flags.parameters(DistillationConfig, without=("output_dir", "do_train", "do_eval", "do_predict", "local_rank"))
+    return flags.parameters(
+        DistillationConfig, without=("output_dir", "do_train", "do_eval", "do_predict", "local_rank")
+    )

@@ -117,7 +117,13 @@ def _parameter(field: dataclasses.Field, members: tuple[Any, ...]) -> click.Para
     kind = _kind(field, members)
     listed = any(typing.get_origin(member) in (list, tuple) for member in members) and str not in members
     if field.metadata.get("argument"):
-        return click.Argument([field.name], metavar=field.name.upper().rstrip("S") + ("..." if listed else ""), nargs=-1 if listed else 1, required=False, default=None)
+        return click.Argument(
+            [field.name],
+            metavar=field.name.upper().rstrip("S") + ("..." if listed else ""),
+            nargs=-1 if listed else 1,
+            required=False,
+            default=None,
+        )
     flag = "--" + field.name.replace("_", "-")
     about: dict[str, Any] = {"help": _help(field), "default": None}
     if bool in members and str not in members:
@@ -136,10 +142,13 @@ def _kind(field: dataclasses.Field, members: tuple[Any, ...]) -> Any:
     choices = field.metadata.get("choices")
     if choices and all(isinstance(choice, str) for choice in choices):
         return click.Choice(list(choices))
-    names = [typing.get_origin(member) or member for member in members]
+    inner = [
+        part for member in members if typing.get_origin(member) in (list, tuple) for part in typing.get_args(member)
+    ]
+    names = [typing.get_origin(member) or member for member in (members if str in members else inner or members)]
     if dict in names:
         return JsonOrText()
-    if str in names or list in names or tuple in names:
+    if str in names:
         return click.STRING
     return next((kind for kind in (float, int, bool) if kind in names), None)
 

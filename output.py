@@ -37,7 +37,9 @@ def data_stream() -> Iterator[TextIO]:
 
 
 def emit(stream: TextIO, value: Any, json_wanted: bool, page: Callable[[TextIO, Any], None]) -> None:
-    """The result of a command: as one JSON document, or as a page for people."""
+    """The result of a command: as one JSON document, or as a page for people; under torchrun, of rank 0 alone."""
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
     if json_wanted:
         stream.write(as_json(value) + "\n")
     else:
@@ -128,10 +130,14 @@ def info_page(stream: TextIO, found: Mapping[str, Any]) -> None:
         about["time"] = f"{found['seconds']:,.1f} s, the teacher {found['teacher_seconds']:,.1f} s"
         about["speed"] = f"{found['tokens_per_second']:,.0f} tokens a second"
     pairs_page(stream, {name: value for name, value in about.items() if value})
-    splits = [(name, *(split[key] for key in ("samples", "shards", "tokens"))) for name, split in found["splits"].items()]
+    splits = [
+        (name, *(split[key] for key in ("samples", "shards", "tokens"))) for name, split in found["splits"].items()
+    ]
     stream.write("\n")
     write_table(stream, ("split", "samples", "shards", "tokens"), splits)
-    fields = [(name, field["codec"], field["dtype"], format_size(field["bytes"])) for name, field in found["fields"].items()]
+    fields = [
+        (name, field["codec"], field["dtype"], format_size(field["bytes"])) for name, field in found["fields"].items()
+    ]
     stream.write("\n")
     write_table(stream, ("field", "codec", "dtype", "size"), fields)
 
@@ -159,7 +165,11 @@ def verify_page(stream: TextIO, found: Mapping[str, Any]) -> None:
     what = f"{found['shards']} shards, {found['samples']:,} samples, {format_size(found['bytes'])}"
     stream.write(f"ok: {what}\n" if found["ok"] else f"{len(found['problems'])} problems in {what}\n")
     if found["problems"]:
-        write_table(stream, ("file", "kind", "what"), [(each["path"], each["kind"], each["detail"]) for each in found["problems"]])
+        write_table(
+            stream,
+            ("file", "kind", "what"),
+            [(each["path"], each["kind"], each["detail"]) for each in found["problems"]],
+        )
 
 
 def metrics_page(stream: TextIO, found: Mapping[str, Any]) -> None:
@@ -180,7 +190,7 @@ FORMATS = {"table": None, "csv": write_csv_rows, "json": write_json_rows}
 
 def write_relation(stream: TextIO, relation: Any, form: str) -> None:
     """A DuckDB relation as a table (its first 1000 rows), csv or json."""
-    rows = _rows(relation)
+    rows = iter(relation.iter_rows())
     write = FORMATS[form]
     if write is not None:
         write(stream, relation.columns, rows)
@@ -188,8 +198,3 @@ def write_relation(stream: TextIO, relation: Any, form: str) -> None:
     write_table(stream, relation.columns, itertools.islice(rows, TABLE_ROWS))
     if next(rows, None) is not None:
         print(f"The first {TABLE_ROWS} rows; --format csv or json gives all.", file=sys.stderr)
-
-
-def _rows(relation: Any) -> Iterator[tuple[Any, ...]]:
-    while some := relation.fetchmany(TABLE_ROWS):
-        yield from some

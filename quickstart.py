@@ -1,12 +1,13 @@
 """The whole story in one file: a teacher is trained and dumped, students are trained with and without it.
 
-The text is the standard library's own source (`corpus.py`), so nothing is downloaded. The question: which part of the
-library does a passage come from? The setting is one in which distillation pays: few rows have a label, the others
+The text is the standard library's own source (`corpus.py`), so nothing is downloaded. The question: which package is
+a passage from? The setting is one in which distillation pays: few rows have a label, the others
 only what the teacher makes of them. With every row labelled there would be little to gain.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +60,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
     began, folder = time.perf_counter(), fresh_folder(Path(config.output_dir))
     commands: list[str] = []
 
-    say("1. Text: passages of Python's standard library, labelled by what their module is for.")
+    say("1. Text: passages of Python's standard library, labelled by the package they are from.")
     counts = write_data(folder / "data", config)
     say(f"   {counts['training']} to train on, of which {counts['labelled']} keep their label; "
         f"{counts['validation']} of other modules to validate on.")  # fmt: skip
@@ -80,19 +82,18 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
     return made
 
 
-def told(made: dict[str, Any]) -> str:
+def told(made: Mapping[str, Any]) -> str:
     """What the table means, and where everything is."""
     folder, rows = Path(made["output_dir"]), made["rows"]
+    store = shlex.quote(str(folder / "store"))
+    where = "".join(f"{name:<10}{folder / name}\n" for name in ("data", "teacher", "store", "students"))
     return (
-        f"accuracy: on {rows['validation']} passages of modules that nobody was trained on; mean and standard deviation "
-        f"over {len(made['runs']) // 2} seeds.\n"
-        f"Both students see {rows['labelled']} labels; the distilled one also learns from the teacher's answers to all "
-        f"{rows['training']} passages.\nThat is where distillation pays: many rows, few labels. "
-        "With a label on every row, expect little.\n\n"
-        f"data      {folder / 'data'}\nteacher   {folder / 'teacher'}\nstore     {folder / 'store'}\n"
-        f"students  {folder / 'students'}\n\n"
-        f"Look around:\n  predistill info {folder / 'store'}\n"
-        f"  predistill query {folder / 'store'} \"SELECT label, avg(teacher_entropy) FROM samples GROUP BY label\"\n"
+        f"accuracy: on {rows['validation']} passages of modules that nobody was trained on; mean and standard\n"
+        f"deviation over {len(made['runs']) // 2} seeds. Both students see {rows['labelled']} labels; the distilled one "
+        f"also learns from\nthe teacher's answers to all {rows['training']} passages. That is where distillation pays: "
+        f"many rows, few\nlabels. With a label on every row, expect little.\n\n{where}\n"
+        f"Look around:\n  predistill info {store}\n"
+        f'  predistill query {store} "SELECT label, avg(teacher_entropy) FROM samples GROUP BY label"\n'
         f"({made['seconds']:.0f} seconds in all)"
     )
 
@@ -111,7 +112,8 @@ def fresh_folder(folder: Path) -> Path:
     for name in found:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (folder / "data").mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "data").mkdir()
     return folder
 
 
@@ -147,7 +149,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def train_teacher(folder: Path, config: QuickstartConfig) -> None:
     """A tokenizer and a BERT of 2 layers, 128 wide, saved to folder/teacher."""
-    from transformers import BertForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
+    from transformers import (
+        BertForSequenceClassification,
+        DataCollatorWithPadding,
+        PrinterCallback,
+        Trainer,
+        TrainingArguments,
+        set_seed,
+    )
+    from transformers.utils import logging
 
     from .corpus import FAMILIES
 
@@ -155,15 +165,19 @@ def train_teacher(folder: Path, config: QuickstartConfig) -> None:
     tokenizer = train_tokenizer([row["text"] for row in rows], config.vocabulary)
     encoded = tokenizer([row["text"] for row in rows], truncation=True)["input_ids"]
     samples = [{"input_ids": ids, "labels": names.index(row["label"])} for ids, row in zip(encoded, rows, strict=True)]
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     set_seed(0)
     model = BertForSequenceClassification(bert(128, 2, tokenizer, names))
     arguments = TrainingArguments(
-        output_dir=str(folder / "teacher"), num_train_epochs=config.teacher_epochs, learning_rate=1e-3, warmup_steps=0.1,
-        weight_decay=0.01, per_device_train_batch_size=32, logging_strategy="no", save_strategy="no", report_to="none",
-        disable_tqdm=not sys.stderr.isatty(), dataloader_pin_memory=False,
+        output_dir=str(folder / "teacher"), num_train_epochs=config.teacher_epochs, learning_rate=1e-3,
+        warmup_steps=0.1, weight_decay=0.01, per_device_train_batch_size=32, logging_strategy="no",
+        save_strategy="no", report_to="none", disable_tqdm=not sys.stderr.isatty(), dataloader_pin_memory=False,
     )  # fmt: skip
-    Trainer(model=model, args=arguments, train_dataset=samples, processing_class=tokenizer,
-            data_collator=DataCollatorWithPadding(tokenizer)).train()  # fmt: skip
+    trainer = Trainer(model=model, args=arguments, train_dataset=samples, processing_class=tokenizer,
+                      data_collator=DataCollatorWithPadding(tokenizer))  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
     model.save_pretrained(folder / "teacher")
     tokenizer.save_pretrained(folder / "teacher")
     bert(64, 1, tokenizer, names).to_json_file(folder / "student.json")
@@ -207,7 +221,7 @@ def dump_teacher(folder: Path, commands: list[str]) -> None:
     from .teacher_dump.dump import dump
 
     data = folder / "data"
-    settings = {
+    settings: dict[str, Any] = {
         "teacher": str(folder / "teacher"),
         "dataset": f"train={data / 'train.jsonl'},validation={data / 'validation.jsonl'}",
         "task": "text-classification",
@@ -221,6 +235,7 @@ def train_students(folder: Path, config: QuickstartConfig, commands: list[str]) 
     """One run a seed and kind: labels only, and with the teacher's answers; the same number of steps for both."""
     from .student_train.train import train
 
+    (folder / "students").mkdir()
     runs = []
     for kind, alpha in (("labels", 0.0), ("distilled", 0.9)):
         for seed in config.seeds:
@@ -236,7 +251,8 @@ def train_students(folder: Path, config: QuickstartConfig, commands: list[str]) 
                 "per_device_eval_batch_size": 32,
             }  # fmt: skip
             show(commands, ["train", str(folder / "store")], {**own, **training}, shown=seed == config.seeds[0])
-            found = train({"stores": [str(folder / "store")], **own, "training_arguments": training})
+            with (folder / "students" / f"{kind}-{seed}.log").open("w") as log, contextlib.redirect_stderr(log):
+                found = train({"stores": [str(folder / "store")], **own, "training_arguments": training})
             runs.append({"kind": kind, "seed": seed, **found})
             say(f"   {kind}, seed {seed}: accuracy {found['eval_accuracy']:.3f}")
     return runs
@@ -260,10 +276,13 @@ def table(folder: Path, runs: list[dict[str, Any]], config: QuickstartConfig) ->
 
     with TeacherStore.open(folder / "store") as store:
         right = "SELECT avg((label = teacher_prediction)::INT) FROM samples WHERE split = 'validation'"
-        teacher = store.sql(right).fetchone()
-    lines = [{"model": "teacher", "accuracy": round(teacher[0], 4) if teacher else None, "spread": None,
+        [(teacher,)] = store.sql(right).fetchall()
+    lines = [{"model": "teacher", "accuracy": round(teacher, 4), "spread": None,
               **weigh(folder / "teacher", folder)}]  # fmt: skip
-    for kind, name in (("labels", f"student, {config.labelled} labels"), ("distilled", "student, the same and the teacher")):
+    for kind, name in (
+        ("labels", f"student, {config.labelled} labels"),
+        ("distilled", "student, the same and the teacher"),
+    ):
         reached = [run["eval_accuracy"] for run in runs if run["kind"] == kind]
         spread = statistics.stdev(reached) if len(reached) > 1 else None
         lines.append({"model": name, "accuracy": round(statistics.mean(reached), 4),

@@ -155,12 +155,9 @@ class Interrupt(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
-@pytest.mark.parametrize("step", [2, 3, 5])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("step", "workers"), [(2, 0), (3, 0), (5, 0), (2, 2)])
 def test_a_resumed_run_equals_an_uninterrupted_one(store, tmp_path, step, workers):
     """In the middle of an epoch (3 optimizer steps each), at its end, and in the second; with dropout."""
-    if workers and step != 2:
-        pytest.skip("workers change nothing at an epoch's end")
     more = {
         "max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2,
         "train_sampling_strategy": "group_by_length", "optim": "adamw_torch", "learning_rate": 1e-2,
