@@ -90,7 +90,8 @@ def told(made: Mapping[str, Any]) -> str:
     return (
         f"accuracy: on {rows['validation']} passages of modules that nobody was trained on; mean and standard\n"
         f"deviation over {len(made['runs']) // 2} seeds. Both students see {rows['labelled']} labels; "
-        f"the distilled one also learns from\nthe teacher's answers to all {rows['training']} passages. That is where distillation pays: "
+        "the distilled one also learns from\n"
+        f"the teacher's answers to all {rows['training']} passages. That is where distillation pays: "
         f"many rows, few\nlabels. With a label on every row, expect little.\n\n{where}\n"
         f"Look around:\n  predistill info {store}\n"
         f'  predistill query {store} "SELECT label, avg(teacher_entropy) FROM samples GROUP BY label"\n'
