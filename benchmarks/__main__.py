@@ -1,0 +1,36 @@
+"""Every benchmark, one after another: python -m benchmarks [--quick] [NAME ...]
+
+    reader      random batches ÷ the speed of memory, ÷ HF datasets
+    cold        first epoch from cold pages ÷ plain page faults
+    growth      memory and time to open, as the store grows
+    writer      write throughput ÷ appending the same bytes
+    dump        dump ÷ bare teacher, ÷ Trainer.predict
+    train_step  student step ÷ plain fine-tuning, ÷ teacher in memory; memory
+    exactness   offline against online loss and gradient
+    results     students with and without distillation (only when named: an hour)
+
+Teachers, stores and runs are kept in benchmarks/work, or where PREDISTILL_BENCH says (up to 30 GB); data
+comes from PREDISTILL_DATA.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+DEFAULT = ("reader", "cold", "growth", "writer", "exactness", "dump", "train_step")
+
+
+def main() -> None:
+    names = [word for word in sys.argv[1:] if not word.startswith("-")]
+    flags = [word for word in sys.argv[1:] if word.startswith("-")]
+    if flags not in ([], ["--quick"]) or not set(names) <= {*DEFAULT, "results"}:
+        sys.exit(__doc__)
+    for name in names or DEFAULT:
+        print(f"### {name}\n", flush=True)
+        subprocess.run([sys.executable, str(Path(__file__).with_name(f"{name}.py")), *flags], check=True)
+
+
+if __name__ == "__main__":
+    main()
