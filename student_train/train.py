@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -36,6 +37,7 @@ def train(settings: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
     Raises ConfigError, DataError or a StoreError, before anything is trained, for what cannot work.
     """
     config = settings if isinstance(settings, TrainConfig) else TrainConfig(**settings)
+    grouped = torch.distributed.is_initialized()
     output = Path(str(config.output_dir))
     checkpoint = prepare_folder(config, output)
 
@@ -70,6 +72,8 @@ def train(settings: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
     save(trainer, output, made, metrics)
     for store in stores:
         store.close()
+    if torch.distributed.is_initialized() and not grouped:  # gloo's threads abort a process that ends beside them
+        torch.distributed.destroy_process_group()
     return metrics
 
 
@@ -212,8 +216,6 @@ def select(
 
 def with_labels(rows: TeacherRows, objective: Objective) -> TeacherRows:
     """The rows that have a label."""
-    import torch
-
     labels = torch.as_tensor(rows.column("labels")) if "labels" in rows.store.fields else None
     if labels is None:
         raise ConfigError(f"{rows.store.path} has no labels to train on; give --alpha above 0")

@@ -386,6 +386,8 @@ predictions = trainer.predict(store.select("validation")).predictions
 if trainer.is_world_process_zero():
     weights = {name: value.tolist() for name, value in student.state_dict().items()}
     json.dump([args.world_size, trainer.state.log_history, predictions.tolist(), weights], open(out + ".json", "w"))
+if args.world_size > 1:  # gloo's threads abort a process that ends beside them
+    torch.distributed.destroy_process_group()
 """
 
 
