@@ -73,7 +73,7 @@ class Forks:
             "TOKENIZERS_PARALLELISM": "false",
             "XDG_CACHE_HOME": str(folder / "xdg"),
         }
-        with open(self.errors, "w") as errors:
+        with open(self.errors, "a") as errors:  # appended to, so that `start` may empty it
             self._process = subprocess.Popen(
                 [sys.executable, "-c", SERVER],
                 stdin=subprocess.PIPE,
@@ -85,7 +85,8 @@ class Forks:
             )
 
     def start(self, config: dict[str, Any], **order: Any) -> int:
-        """Returns the process id of the dump."""
+        """Returns the process id of the dump. stderr begins anew: a limit on file size holds for it too."""
+        os.truncate(self.errors, 0)
         self._pipe("stdin").write(json.dumps({"config": config, **order}) + "\n")
         self._pipe("stdin").flush()
         return int(self._pipe("stdout").readline())
