@@ -192,13 +192,14 @@ class Index:
             raise ConfigError(f"SQL {query!r}: a query that returns rows is expected")
         return relation
 
-    def sample_ids(self, where: str) -> np.ndarray:
-        """sample_id of the rows that a WHERE expression keeps, ascending, int64."""
-        query = f"SELECT sample_id FROM samples WHERE (\n{where}\n) ORDER BY sample_id"
+    def sample_ids(self, where: str, split: str | None = None) -> np.ndarray:
+        """sample_id of the rows (of a split) that a WHERE expression keeps, ascending, int64. Raises ConfigError."""
+        of_split = "" if split is None else f" AND split = '{split}'"  # a plain file name: the manifest was checked
+        query = f"SELECT sample_id FROM samples WHERE (\n{where}\n){of_split} ORDER BY sample_id"
         try:
-            return self.sql(query).fetchnumpy()["sample_id"].astype(np.int64)
+            return self.connection.sql(query).fetchnumpy()["sample_id"].astype(np.int64)
         except duckdb.Error as error:
-            raise ConfigError(f"--where {where!r}: {_sentence(error)}") from error
+            raise ConfigError(f"where {where!r} is no SQL condition on samples: {_sentence(error)}") from error
 
     def __enter__(self) -> Index:
         return self

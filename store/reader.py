@@ -134,8 +134,7 @@ class TeacherStore:
         if where is not None:
             if self._partial:
                 self._index = _MemoryIndex(self.path, self.manifest)
-            clause = f"({where}\n)" + (f" AND split = '{split}'" if split is not None else "")
-            return self._index.sample_ids(clause)
+            return self._index.sample_ids(where, split)
         numbers = [at for at, shard in enumerate(self.shards) if split in (None, shard.split)]
         if numbers and numbers == list(range(numbers[0], numbers[-1] + 1)):
             return range(int(self.first_row[numbers[0]]), int(self.first_row[numbers[-1] + 1]))
