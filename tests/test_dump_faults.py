@@ -220,7 +220,7 @@ def test_interrupted_by_a_person(
 ) -> None:
     folder = tmp_path / "store"
     mine = {**config, "output_dir": str(folder)}
-    pid = forks.start(mine, pause=0.02)
+    pid = forks.start(mine, pause=0.3)  # of some 30 shards: time enough to be seen and stopped
     wait_for_shards(folder, 3)
     os.kill(pid, signal.SIGINT)
     assert forks.wait() == 130
