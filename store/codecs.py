@@ -6,6 +6,7 @@ Parts are stored and gathered separately; decoding works on padded batches, wher
     codec    parts                                          bytes a value
     dense    the values                                     4, 2 or 1: that of the dtype
     int8     values int8, scales float32, one a block        1 + 4/128 = 1.031 (last axis a multiple of 128)
+    uint8    levels uint8, scales float32, one a position    1 + 4/K for K values, none above zero
     bitpack  whole numbers below 2**bits, packed             bits/8
     bytes    one binary a row                                what came + 8
     arrow    any Arrow column, as it came                    what Arrow takes
@@ -30,11 +31,15 @@ LIMITS = {"float16": 65504.0, "bfloat16": 3.3895314e38, "float32": 3.4028235e38}
 
 
 class Part(NamedTuple):
-    """One stored array of a field: its name inside the column ("" alone), the shape of a row, its dtype."""
+    """One stored array of a field: its name inside the column ("" alone), the shape of a row, its dtype.
+
+    bits: where the shape ends in "K", bits of one kept entry, of which a position's share is whole bytes.
+    """
 
     name: str
     shape: tuple[int | str, ...]
     dtype: str
+    bits: int = 0
 
     @property
     def numpy_dtype(self) -> np.dtype:
@@ -43,6 +48,10 @@ class Part(NamedTuple):
     @property
     def entry_bytes(self) -> int:
         return entry_width(self.shape) * self.numpy_dtype.itemsize
+
+    def sizes(self, counts: Any) -> Any:
+        """Stored values of positions that keep `counts` entries: the counts, or the bytes that their bits take."""
+        return -(-counts * self.bits // 8) if self.bits else counts
 
 
 class Codec(NamedTuple):
@@ -116,7 +125,8 @@ def int8_decode(parts: Sequence[np.ndarray], spec: FieldSpec) -> np.ndarray:
     levels, scales = parts
     block = _int8_block(spec, levels.shape[-1])
     scales = scales[..., None] if isinstance(spec.shape[-1], str) else scales
-    return levels.astype(np.float32) * _spread(scales, block, levels.shape[-1])
+    with np.errstate(invalid="ignore", over="ignore"):  # a stranger's scales
+        return levels.astype(np.float32) * _spread(scales, block, levels.shape[-1])
 
 
 def _int8_block(spec: FieldSpec, size: int) -> int:
@@ -128,37 +138,72 @@ def _spread(scales: np.ndarray, block: int, size: int) -> np.ndarray:
     return scales if scales.shape[-1] == 1 else np.repeat(scales, block, axis=-1)[..., :size]
 
 
+# uint8: values none of which is above zero, as 255 levels down to the least of their position
+
+
+def uint8_parts(spec: FieldSpec) -> tuple[Part, ...]:
+    if not spec.shape:
+        raise ConfigError(f"field {spec.name}: uint8 needs an axis to share a scale along; a row here is a scalar")
+    return Part("levels", spec.shape, "uint8"), Part("scales", spec.shape[:-1], "float32")
+
+
+def uint8_encode(values: np.ndarray, spec: FieldSpec) -> tuple[np.ndarray, ...]:
+    """Nearest of 256 levels from zero down: |error| <= scale/2 = |least| / 510. Raises DataError above zero."""
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    if not values.size:
+        return values.astype(np.uint8), np.zeros(values.shape[:-1], np.float32)
+    if values.max() > 0:
+        raise DataError(f"field {spec.name}: uint8 holds values up to 0; got {values.max():.6g}")
+    scales = values.min(axis=-1) / np.float32(-255)
+    inverse = np.divide(-1, scales, out=np.zeros_like(scales), where=scales > np.finfo(np.float32).tiny)
+    return np.rint(values * inverse[..., None]).astype(np.uint8), scales
+
+
+def uint8_decode(parts: Sequence[np.ndarray], spec: FieldSpec) -> np.ndarray:
+    levels, scales = parts
+    with np.errstate(invalid="ignore", over="ignore"):
+        return levels * -scales[..., None]
+
+
 # bitpack: whole numbers in `bits` bits each, most significant bit first, every entry starting on a byte
 
 
 def bitpack_parts(spec: FieldSpec) -> tuple[Part, ...]:
-    *outer, count = spec.shape
+    bits, (*outer, count) = _bits(spec), spec.shape
+    if count == "K":
+        return (Part("", spec.shape, "uint8", bits),)
     if not isinstance(count, int):
-        raise ConfigError(f"field {spec.name}: bitpack needs a fixed last axis; got shape {spec.shape}")
-    return (Part("", (*outer, math.ceil(count * _bits(spec) / 8)), "uint8"),)
+        raise ConfigError(f"field {spec.name}: bitpack needs a fixed last axis, or K; got shape {spec.shape}")
+    return (Part("", (*outer, math.ceil(count * bits / 8)), "uint8"),)
 
 
 def bitpack_encode(values: np.ndarray, spec: FieldSpec) -> tuple[np.ndarray, ...]:
     bits = _bits(spec)
     if values.size and not (values.min() >= 0 and values.max() < 2**bits):
         raise DataError(f"field {spec.name}: values below 2**{bits} fit; got {values.min()} to {values.max()}")
-    shifts = np.arange(bits - 1, -1, -1, dtype=np.int64)
-    stream = (values.astype(np.int64)[..., None] >> shifts).astype(np.uint8) & 1
+    shifts = np.arange(bits - 1, -1, -1, dtype=np.uint32)
+    stream = (values.astype(np.uint32)[..., None] >> shifts).astype(np.uint8) & 1
     return (np.packbits(stream.reshape(*values.shape[:-1], -1), axis=-1),)
 
 
 def bitpack_decode(parts: Sequence[np.ndarray], spec: FieldSpec) -> np.ndarray:
-    """Each value spans at most 5 bytes: a 64-bit window at its first byte, shifted and masked."""
-    bits, count = _bits(spec), int(spec.shape[-1])
-    packed = parts[0]
-    first_bit = np.arange(count) * bits
-    first_byte = first_bit // 8
-    padded = np.concatenate([packed, np.zeros((*packed.shape[:-1], 5), np.uint8)], axis=-1)
-    window = np.zeros((*packed.shape[:-1], count), np.uint64)
-    for step in range(5):
-        window |= padded[..., first_byte + step].astype(np.uint64) << np.uint64(8 * (4 - step))
-    shift = (40 - bits - first_bit % 8).astype(np.uint64)
-    return ((window >> shift) & np.uint64(2**bits - 1)).astype(spec.dtype)
+    """Eight values fill `bits` bytes, so every eighth lies at one bit of one byte of such a group: a big-endian window
+    over strided memory reads them all, 32 bits wide where they hold a value at any bit of its first byte."""
+    bits, packed = _bits(spec), np.ascontiguousarray(parts[0])
+    *outer, size = packed.shape
+    count = spec.shape[-1] if isinstance(spec.shape[-1], int) else size * 8 // bits
+    window = np.dtype(">u4" if bits + 7 <= 32 else ">u8")
+    memory = np.empty(packed.size + window.itemsize, np.uint8)  # a window may begin in the last byte
+    memory[: packed.size] = packed.reshape(-1)
+    entries = math.prod(outer)
+    out = np.empty((entries, count), spec.dtype)
+    for lane in range(min(8, count) if entries else 0):
+        shape, (byte, bit) = (entries, -(-(count - lane) // 8)), divmod(lane * bits, 8)
+        windows = np.ndarray(shape, window, memory, byte, (size, bits)).astype(window.newbyteorder("="))
+        windows >>= window.itemsize * 8 - bits - bit
+        windows &= 2**bits - 1
+        out[:, lane::8] = windows
+    return out.reshape(*outer, count)
 
 
 def _bits(spec: FieldSpec) -> int:
@@ -171,6 +216,7 @@ def _bits(spec: FieldSpec) -> int:
 CODECS: dict[str, Codec] = {
     "dense": Codec(dense_parts, dense_encode, dense_decode),
     "int8": Codec(int8_parts, int8_encode, int8_decode),
+    "uint8": Codec(uint8_parts, uint8_encode, uint8_decode),
     "bitpack": Codec(bitpack_parts, bitpack_encode, bitpack_decode),
 }
 WHOLE_COLUMN = ("bytes", "arrow")  # codecs that Arrow itself holds: not numbers, so nothing to encode

@@ -74,6 +74,9 @@ class Gather:
             if spec.codec in WHOLE_COLUMN:
                 out[spec.name] = self._objects(spec, rows)
                 continue
+            if schema.is_ragged(spec.shape):
+                out[spec.name] = self._ragged(spec, rows, slot)
+                continue
             parts = [self._take(spec, part, rows, slot) for part in self.parts[spec.name]]
             out[spec.name] = _widen(codec_of(spec).decode(parts, spec), spec, slot)
             if spec.name == schema.INPUT_IDS:
@@ -160,11 +163,51 @@ class Gather:
                 out[place][tuple(slice(size) for size in own)] = stored.reshape(own)
         return out
 
+    def _ragged(self, spec: FieldSpec, rows: BatchRows, slot: Slot) -> np.ndarray:
+        """("S", "K") and ("P", "K"): [B, longest, most entries], `pad` past each position's own."""
+        counts = self._counts(spec, rows, slot)
+        most = int(counts.max(initial=0))
+        parts = [
+            self._take_ragged(spec, part, part.sizes(counts), rows, slot)
+            if schema.is_ragged(part.shape)
+            else self._take(spec, part, rows, slot)
+            for part in self.parts[spec.name]
+        ]
+        values = codec_of(spec).decode(parts, spec)[..., :most]
+        if spec.pad:
+            values[np.arange(most) >= counts[..., None]] = spec.pad
+        return values
+
+    def _counts(self, spec: FieldSpec, rows: BatchRows, slot: Slot) -> np.ndarray:
+        """int64 [B, longest]: entries that each position keeps, 0 past the row's end."""
+        counting = next((one for one in self.fields if one.name == spec.parameters["counts"]), None)
+        if counting is None or counting.shape != spec.shape[:1] or counting.codec != "dense" or counting.pad:
+            raise StoreCorrupt(f"column {spec.name}: no column of counts {spec.parameters['counts']!r} beside it")
+        [part] = self.parts[counting.name]
+        return self._take(counting, part, rows, slot).astype(np.int64)
+
+    def _take_ragged(self, spec: FieldSpec, part: Part, sizes: np.ndarray, rows: BatchRows, slot: Slot) -> np.ndarray:
+        """Zero where a position has fewer values than the longest. sizes: int64 [B, longest]."""
+        totals, width = sizes.sum(axis=1), int(sizes.max(initial=0))
+        flat = slot.array((spec.name, part.name, "flat"), (int(totals.sum()),), part.numpy_dtype)
+        ends = totals.cumsum()
+        for shard, places, local in rows.groups():
+            values, starts = self.extent(shard, spec.name, part)
+            assert starts is not None
+            if not np.array_equal(starts[local + 1] - starts[local], totals[places]):
+                raise StoreCorrupt(f"column {spec.name}: rows hold another number of values than their counts tell")
+            for place, row in rows.pairs(places, local):
+                flat[ends[place] - totals[place] : ends[place]] = values[starts[row] : starts[row + 1], 0]
+        out = slot.array((spec.name, part.name), (*sizes.shape, width), part.numpy_dtype)
+        out[...] = 0
+        out[np.arange(width) < sizes[..., None]] = flat
+        return out
+
     def _objects(self, spec: FieldSpec, rows: BatchRows) -> list[Any]:
         found: list[Any] = [None] * rows.count
         for shard, places, local in rows.groups():
             chosen = pa.Array.from_buffers(pa.int64(), len(local), [None, pa.py_buffer(np.ascontiguousarray(local))])
-            taken = self.mapped(shard).column(spec.name).take(chosen).to_pylist()
+            taken = self.mapped(shard).checked(spec.name).take(chosen).to_pylist()
             for (place, _), value in zip(rows.pairs(places, local), taken, strict=True):
                 found[place] = value
         return found
@@ -196,7 +239,7 @@ def _mask(lengths: np.ndarray, slot: Slot, key: str) -> np.ndarray:
 
 
 def _scatter_positions(out: dict[str, Any], fields: Sequence[FieldSpec], stored: np.ndarray) -> None:
-    """Fields stored at some positions, back at [B, S, ...], zero elsewhere; `teacher_mask` bool [B, S] says where."""
+    """Fields stored at some positions, back at [B, S, ...], `pad` elsewhere; `teacher_mask` bool [B, S] says where."""
     batch, longest = out[schema.ATTENTION_MASK].shape
     positions = out.pop(schema.POSITIONS)
     row, at = np.nonzero(np.arange(positions.shape[1]) < stored[:, None])
@@ -206,7 +249,7 @@ def _scatter_positions(out: dict[str, Any], fields: Sequence[FieldSpec], stored:
     for spec in fields:
         if spec.shape[:1] == ("P",) and spec.name in out:
             values = out[spec.name]
-            full = np.zeros((batch, longest, *values.shape[2:]), values.dtype)
+            full = np.full((batch, longest, *values.shape[2:]), spec.pad, values.dtype)
             full[row, places] = values[row, at]
             out[spec.name] = full
     out["teacher_mask"] = np.zeros((batch, longest), bool)

@@ -30,7 +30,7 @@ from .shard import MappedShard
 if TYPE_CHECKING:
     import datasets
 
-ALWAYS = (schema.INPUT_IDS, "token_type_ids", schema.LABELS)  # read whatever `fields` asks for
+ALWAYS = (schema.INPUT_IDS, "token_type_ids", schema.POSITION_IDS, schema.LABELS)  # read whatever `fields` asks for
 Indices = int | slice | Sequence[int] | np.ndarray
 
 
@@ -282,7 +282,8 @@ def _reopen(store: TeacherStore, ids: np.ndarray | range, names: list[str], spli
 
 def _companions(fields: Mapping[str, FieldSpec], chosen: Sequence[str]) -> list[str]:
     """Columns that others cannot be read without."""
-    return [schema.POSITIONS] if any(fields[name].shape[:1] == ("P",) for name in chosen) else []
+    counts = [fields[name].parameters["counts"] for name in chosen if "K" in fields[name].shape]
+    return [*counts, *([schema.POSITIONS] if any(fields[name].shape[:1] == ("P",) for name in chosen) else [])]
 
 
 def _partial_manifest(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Shapes are those of one row. A number is a fixed size; a symbol is a size that d
 
     "S"   tokens: as many as the row has `input_ids`
     "P"   stored positions: as many as the row has entries in its positions column
+    "K"   kept entries: a number that differs from position to position, in the column that parameters["counts"] names
     "*"   a length of the field's own
 
     ()           a scalar a row                 float32
@@ -11,6 +12,7 @@ Shapes are those of one row. A number is a fixed size; a symbol is a size that d
     (C, H, W)    a feature map                   fixed_size_list<float16>[C*H*W], row-major
     ("S",)       one value a token               large_list<int32>
     ("S", D)     D values a token                large_list<fixed_size_list<float16>[D]>
+    ("S", "K")   as many as each token has       large_list<float16>, the entries of one token after another's
     (H, "S", "S") anything else                  large_list<float16>, row-major
 
 A field is stored in one or more *parts* (codecs.py says which). A field of one part is that array; a field of
@@ -39,8 +41,15 @@ LABELS = "labels"
 LOGITS = "teacher_logits"
 TOP_K_LOGITS = "teacher_top_k_logits"
 TOP_K_INDICES = "teacher_top_k_indices"
+TOP_K_COUNTS = "teacher_top_k_counts"  # entries of each position, where they differ
+SAMPLE_INDICES = "teacher_sample_indices"
+SAMPLE_COUNTS = "teacher_sample_counts"  # draws of each id
+SAMPLE_RATIOS = "teacher_sample_ratios"  # teacher's probability over the one drawn from
+SAMPLE_SIZES = "teacher_sample_sizes"  # different ids at each position
 LOGSUMEXP = "teacher_logsumexp"
+LABEL_LOGPROBS = "teacher_label_logprobs"
 POSITIONS = "teacher_positions"  # input positions of fields with shape ("P", ...)
+POSITION_IDS = "position_ids"  # of packed rows: 0 where a document begins
 
 SOURCE_INDEX = "source_index"
 VIEW = "view"
@@ -51,7 +60,7 @@ ADDRESS_COLUMNS = {  # written into every shard, before the fields
     CONTENT_HASH: pa.binary(16),
 }
 
-SYMBOLS = ("S", "P", "*")
+SYMBOLS = ("S", "P", "K", "*")
 ROLES = ("input", "label", "teacher", "summary", "carried")
 _LAYERED = ("hidden_states", "attentions", "attention_scores", "queries", "keys", "values")
 
@@ -79,6 +88,11 @@ def layer_column(kind: str, layer: int) -> str:
     return f"teacher_{kind}_{layer:02d}"
 
 
+def logsumexp_column(temperature: float) -> str:
+    """Column of log sum exp(z / T): `logsumexp_column(2)` is `teacher_logsumexp_at_2`, at 1 `teacher_logsumexp`."""
+    return LOGSUMEXP if temperature == 1 else f"{LOGSUMEXP}_at_{temperature:g}"
+
+
 @dataclass(frozen=True)
 class FieldSpec:
     """One column of a store.
@@ -86,10 +100,10 @@ class FieldSpec:
     name: column name, the same from the Arrow schema to the loss.
     shape: shape of one row (see the head of this file).
     dtype: what a reader gets back, except bfloat16 and int8-coded fields, which read back as float32.
-    codec: "dense", "int8", "bitpack", "bytes" (encoded files, one a row) or "arrow" (carried as it came).
+    codec: "dense", "int8", "uint8", "bitpack", "bytes" (encoded files, one a row) or "arrow" (carried as it came).
     role: "input", "label", "teacher", "summary" (copied into the index) or "carried".
-    pad: what a padded batch holds past a row's own length.
-    parameters: of the codec: {"bits": 17} for bitpack.
+    pad: what a padded batch holds past a row's own length, or past a position's own entries.
+    parameters: {"bits": 17} for bitpack; {"counts": column} where the shape has a "K"; and what else is worth knowing.
     """
 
     name: str
@@ -104,9 +118,16 @@ class FieldSpec:
         object.__setattr__(self, "shape", tuple(self.shape))
         if self.role not in ROLES:
             raise ConfigError(f"field {self.name}: role is one of {', '.join(ROLES)}; got {self.role!r}")
+        if "K" in self.shape and (
+            not is_ragged(self.shape) or type(self.parameters.get("counts")) is not str or self.codec == "int8"
+        ):
+            raise ConfigError(
+                f'field {self.name}: "K" comes last, after "S" or "P", with parameters["counts"] the column of '
+                f"counts, in another codec than int8; got shape {self.shape}, {self.codec}, {dict(self.parameters)}"
+            )
         for size in self.shape:
             if not (size in SYMBOLS or (type(size) is int and 0 < size < 2**31)):
-                raise ConfigError(f"field {self.name}: a size is a positive int or one of S, P, *; got {size!r}")
+                raise ConfigError(f"field {self.name}: a size is a positive int or one of S, P, K, *; got {size!r}")
         if self.codec != "arrow" and self.codec != "bytes" and self.dtype not in ARROW_TYPES:
             raise ConfigError(f"field {self.name}: dtype is one of {', '.join(ARROW_TYPES)}; got {self.dtype!r}")
 
@@ -128,6 +149,11 @@ def symbols(shape: Sequence[int | str]) -> list[str]:
 def is_list(shape: Sequence[int | str]) -> bool:
     """A leading symbol over fixed sizes: stored as a list of entries."""
     return len(shape) > 0 and isinstance(shape[0], str) and not symbols(shape[1:])
+
+
+def is_ragged(shape: Sequence[int | str]) -> bool:
+    """("S", "K") or ("P", "K"): entries that differ in number from position to position."""
+    return len(shape) == 2 and shape[0] in ("S", "P") and shape[1] == "K"
 
 
 def entry_width(shape: Sequence[int | str]) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from . import schema
+from .buffers import Buffer, Memory, RaggedBuffer, entries_of, leaf
 from .codecs import WHOLE_COLUMN, Part, check_values, codec_of, parts_of
 from .errors import DataError, StoreCorrupt
 from .schema import FieldSpec
@@ -42,63 +42,6 @@ class ShardPlan:
         return asdict(self)
 
 
-class Memory:
-    """Large buffers, kept from shard to shard: memory touched for the first time costs more than the copy into it."""
-
-    def __init__(self) -> None:
-        self._free: list[np.ndarray] = []
-        self._lock = threading.Lock()  # shards are opened in one thread and committed in another
-
-    def take(self, size: int) -> np.ndarray:
-        """uint8 [>= size], uncleared: the smallest kept buffer that fits well, or a new one."""
-        with self._lock:
-            fitting = [at for at, buffer in enumerate(self._free) if size <= buffer.size <= 2 * size]
-            if fitting:
-                return self._free.pop(min(fitting, key=lambda at: self._free[at].size))
-        return np.empty(size + size // 8, np.uint8)
-
-    def give(self, buffers: list[np.ndarray]) -> None:
-        """Take back what one shard used; what it left unused is let go."""
-        with self._lock:
-            self._free = buffers
-
-
-class _Buffer:
-    """The values of one part, in place, and where each row starts."""
-
-    def __init__(self, part: Part, lengths: Mapping[str, np.ndarray], rows: int, memory: Memory):
-        self.part, self.rows = part, rows
-        counts = schema.entries_per_row(part.shape, lengths)
-        self.starts: np.ndarray | None = None
-        if schema.symbols(part.shape):
-            self.starts = np.zeros(rows + 1, np.int64)
-            np.cumsum(counts, out=self.starts[1:])
-        entries = rows if self.starts is None else int(self.starts[-1])
-        width, dtype = schema.entry_width(part.shape), part.numpy_dtype
-        self.memory = memory.take(entries * width * dtype.itemsize)
-        self.values = np.ndarray((entries, width), dtype, self.memory)
-
-    def place(self, entries: np.ndarray, values: np.ndarray) -> None:
-        self.values[entries] = values.reshape(len(entries), -1)
-
-    def to_arrow(self) -> pa.Array:
-        kind = schema.array_type(self.part.shape, self.part.dtype)
-        entry = kind.value_type if self.starts is not None else kind
-        array = _leaf(entry, self.values)
-        if self.starts is None:
-            return array
-        return pa.Array.from_buffers(kind, self.rows, [None, pa.py_buffer(self.starts)], children=[array])
-
-
-def _leaf(entry: pa.DataType, values: np.ndarray) -> pa.Array:
-    """Array over `values` [N, width] without a copy: primitive, or a fixed-size list of primitives."""
-    data = pa.py_buffer(values)
-    if not pa.types.is_fixed_size_list(entry):
-        return pa.Array.from_buffers(entry, len(values), [None, data])
-    child = pa.Array.from_buffers(entry.value_type, values.size, [None, data])
-    return pa.Array.from_buffers(entry, len(values), [None], children=[child])
-
-
 class ShardBuilder:
     """Every buffer of one shard, filled in any order, then one record batch.
 
@@ -119,18 +62,29 @@ class ShardBuilder:
         self.columns: dict[str, pa.Array] = {}
         self.source_index = np.arange(plan.start, plan.start + rows, dtype=np.int64)
         self._placed: dict[str, np.ndarray] = {}
-        self._buffers: dict[str, list[_Buffer]] = {}
+        self._view = np.full(rows, plan.view, np.int32)
+        self._buffers: dict[str, list[Buffer | RaggedBuffer]] = {}
         for spec in self.fields:
             if spec.codec not in WHOLE_COLUMN and "*" not in spec.shape:
-                self._buffers[spec.name] = [_Buffer(part, self.lengths, rows, memory) for part in parts_of(spec)]
+                self._buffers[spec.name] = [
+                    RaggedBuffer(part, rows)
+                    if schema.is_ragged(part.shape)
+                    else Buffer(part, self.lengths, rows, memory)
+                    for part in parts_of(spec)
+                ]
                 self._placed[spec.name] = np.zeros(rows, bool)
         self._specs = {spec.name: spec for spec in self.fields}
+
+    def _buffer(self, part: Part, memory: Memory) -> Buffer | RaggedBuffer:
+        ragged = schema.is_ragged(part.shape)
+        return RaggedBuffer(part, self.rows) if ragged else Buffer(part, self.lengths, self.rows, memory)
 
     def put(self, name: str, rows: np.ndarray, values: np.ndarray) -> None:
         """Place the values of some rows.
 
         rows: int64 [B], positions inside the shard, each row once over all calls.
-        values: [B, *shape]; for a token-level field right-padded [B, Smax, ...], or flat [sum of lengths, ...].
+        values: [B, *shape]; for a token-level field right-padded [B, Smax, ...], or flat [sum of lengths, ...]. A
+            last axis "K" is padded to any length; the counts of the same rows must have been put before.
         Raises DataError where the dtype cannot hold a value, or it is not finite.
         """
         spec, rows, values = self._specs[name], np.asarray(rows, np.int64), np.asarray(values)
@@ -138,9 +92,16 @@ class ShardBuilder:
             self._place_square(spec, rows, values)
         else:
             flat, owner = self._flatten(spec, rows, values)
+            counts = self._counts(spec, rows)
+            if counts is not None:
+                flat = np.where(np.arange(flat.shape[1]) < counts[:, None], flat, 0)
             check_values(flat, spec, lambda entry: self.source_index[rows[owner[entry]]])
             for buffer, part in zip(self._buffers[name], codec_of(spec).encode(flat, spec), strict=True):
-                buffer.place(rows if buffer.starts is None else self._entries(buffer, rows), part)
+                if isinstance(buffer, RaggedBuffer):
+                    assert counts is not None
+                    buffer.place(rows, self.lengths[str(spec.shape[0])][rows], counts, part)
+                else:
+                    buffer.place(rows, part)
         self._placed[name][rows] = True
 
     def put_column(self, name: str, column: pa.Array | pa.ChunkedArray) -> None:
@@ -156,21 +117,25 @@ class ShardBuilder:
             column = column.cast(schema.array_type(spec.shape, spec.dtype))
         self.columns[name] = column
 
-    def put_addresses(self, content_hash: np.ndarray, source_index: np.ndarray | None = None) -> None:
-        """content_hash: uint8 [rows, 16]; source_index: int64 [rows], by default start, start + 1, …"""
+    def put_addresses(
+        self, content_hash: np.ndarray, source_index: np.ndarray | None = None, view: np.ndarray | None = None
+    ) -> None:
+        """content_hash: uint8 [rows, 16]; source_index: int64 [rows], by default start, start + 1, …; view: int [rows],
+        by default the plan's: it tells the rows of one source row apart."""
         digest = np.ascontiguousarray(content_hash, np.uint8).reshape(self.rows, 16)
         if source_index is not None:
             self.source_index = np.asarray(source_index, np.int64)
+        if view is not None:
+            self._view = np.ascontiguousarray(view, np.int32)
         self.columns[schema.CONTENT_HASH] = pa.Array.from_buffers(
             pa.binary(16), self.rows, [None, pa.py_buffer(digest)]
         )
 
     def to_batch(self, fingerprint: str) -> pa.RecordBatch:
         """The shard as one record batch whose schema says what it is."""
-        view = np.full(self.rows, self.plan.view, np.int32)
         columns: dict[str, pa.Array] = {
-            schema.SOURCE_INDEX: _leaf(pa.int64(), self.source_index.reshape(-1, 1)),
-            schema.VIEW: _leaf(pa.int32(), view.reshape(-1, 1)),
+            schema.SOURCE_INDEX: leaf(pa.int64(), self.source_index.reshape(-1, 1)),
+            schema.VIEW: leaf(pa.int32(), self._view.reshape(-1, 1)),
             schema.CONTENT_HASH: self.columns[schema.CONTENT_HASH],
         }
         for spec in self.fields:
@@ -182,7 +147,8 @@ class ShardBuilder:
 
     def memory(self) -> list[np.ndarray]:
         """The buffers it was given; they may be used again once the shard is on disk."""
-        return [buffer.memory for buffers in self._buffers.values() for buffer in buffers]
+        buffers = [buffer for field in self._buffers.values() for buffer in field]
+        return [buffer.memory for buffer in buffers if isinstance(buffer, Buffer)]
 
     @property
     def tokens(self) -> int:
@@ -201,7 +167,7 @@ class ShardBuilder:
 
     def _flatten(self, spec: FieldSpec, rows: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Valid entries only, and which of `rows` each belongs to."""
-        if not schema.is_list(spec.shape):
+        if not (schema.is_list(spec.shape) or schema.is_ragged(spec.shape)):
             return values, np.arange(len(rows))
         lengths = self.lengths[str(spec.shape[0])][rows]
         owner = np.repeat(np.arange(len(rows)), lengths)
@@ -211,12 +177,15 @@ class ShardBuilder:
             raise DataError(f"field {spec.name}: rows of {len(owner)} entries in all; got {len(values)}")
         return values, owner
 
-    def _entries(self, buffer: _Buffer, rows: np.ndarray) -> np.ndarray:
-        """Where the entries of these rows, one row after another, stand in the buffer."""
-        assert buffer.starts is not None
-        first, counts = buffer.starts[rows], buffer.starts[rows + 1] - buffer.starts[rows]
-        before = np.cumsum(counts) - counts
-        return np.repeat(first - before, counts) + np.arange(counts.sum())
+    def _counts(self, spec: FieldSpec, rows: np.ndarray) -> np.ndarray | None:
+        """Entries of each position of these rows, int64; None where the shape has no "K"."""
+        if "K" not in spec.shape:
+            return None
+        name = spec.parameters["counts"]
+        assert self._placed[name][rows].all(), f"{spec.name}: {name} of these rows must be put before"
+        [buffer] = self._buffers[name]
+        assert isinstance(buffer, Buffer) and buffer.starts is not None
+        return buffer.values[entries_of(buffer.starts, rows), 0].astype(np.int64)
 
     def _place_square(self, spec: FieldSpec, rows: np.ndarray, values: np.ndarray) -> None:
         """Fields like (H, S, S): a row at a time, its padding cut on every axis."""
@@ -225,12 +194,13 @@ class ShardBuilder:
             own = value[tuple(slice(size) for size in sizes)]
             check_values(own[None], spec, lambda _, row=row: self.source_index[row])  # type: ignore[misc]
             for buffer, part in zip(self._buffers[spec.name], codec_of(spec).encode(own, spec), strict=True):
-                assert buffer.starts is not None
+                assert isinstance(buffer, Buffer) and buffer.starts is not None
                 buffer.values[buffer.starts[row] : buffer.starts[row + 1], 0] = part.ravel()
 
 
 def _square(spec: FieldSpec) -> bool:
-    return bool(schema.symbols(spec.shape)) and not schema.is_list(spec.shape)
+    listed = schema.is_list(spec.shape) or schema.is_ragged(spec.shape)
+    return bool(schema.symbols(spec.shape)) and not listed
 
 
 def write_arrow(batch: pa.RecordBatch, sink: Any) -> None:
@@ -254,15 +224,16 @@ class MappedShard:
                 raise StoreCorrupt(f"{path}: one record batch expected; got {reader.num_record_batches}")
             self.batch = reader.get_batch(0)
             self.batch.validate()
+            self.names = self.batch.schema.names
             source.close()  # the mapping lives as long as its buffers: 4,000 shards need no 4,000 descriptors
         except FileNotFoundError as error:
             raise StoreCorrupt(f"{path} is missing: run the same dump again to make it anew") from error
-        except (pa.ArrowException, OSError, MemoryError) as error:
+        except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
             raise StoreCorrupt(
                 f"{path} is not a readable shard ({_one_line(error)}): delete it and its .json, "
                 "then run the same dump again"
             ) from error
-        self.rows = self.batch.num_rows
+        self.rows, self._checked = self.batch.num_rows, set[str]()
         self.fields, self.place, self.fingerprint = _read_metadata(path, self.batch.schema.metadata or {})
 
     def part(self, spec: FieldSpec, part: Part) -> tuple[np.ndarray, np.ndarray | None]:
@@ -281,13 +252,23 @@ class MappedShard:
         """A column as Arrow has it: carried columns, bytes and addresses."""
         return self._array(name)
 
+    def checked(self, name: str) -> pa.Array:
+        """A column whose values are about to be copied: every offset in it is looked at once."""
+        if name not in self._checked:
+            try:
+                self._array(name).validate(full=True)
+            except pa.ArrowException as error:
+                raise StoreCorrupt(f"{self.path}: column {name}: {_one_line(error)}") from error
+            self._checked.add(name)
+        return self._array(name)
+
     def offset(self, values: np.ndarray) -> int:
         """Where in the file a view starts, in bytes."""
         return values.ctypes.data - self._base
 
     def _array(self, name: str) -> pa.Array:
         if self.batch.schema.get_field_index(name) < 0:
-            raise StoreCorrupt(f"{self.path}: no column {name!r}; it has {', '.join(self.batch.schema.names)}")
+            raise StoreCorrupt(f"{self.path}: no column {name!r}; it has {', '.join(self.names)}")
         return self.batch.column(name)
 
     def _views(self, name: str, array: pa.Array, part: Part) -> tuple[np.ndarray, np.ndarray | None]:

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 
 from . import index, manifest
-from .codecs import WHOLE_COLUMN, parts_of
+from .codecs import WHOLE_COLUMN, Part, parts_of
 from .errors import FormatVersionError, PredistillError, StoreCorrupt, StoreError, StoreIncomplete
 from .identity import file_sha256
 from .manifest import Plan, shard_path
 from .reader import TeacherStore
-from .schema import INPUT_IDS, is_list
+from .schema import INPUT_IDS, FieldSpec, is_list, is_ragged
 from .shard import MappedShard
 
 KNOWN = {
@@ -148,6 +149,20 @@ def _check_structure(path: Path, plan: Plan, name: str, entry: Mapping[str, Any]
                 leader = lengths.setdefault(part.shape[0], starts)
                 if (leader != starts).any():
                     raise StoreCorrupt(f"{path}: column {spec.name} has other lengths than its row's {INPUT_IDS}")
+            if is_ragged(part.shape):
+                _check_counts(mapped, plan, spec, part, starts)
+
+
+def _check_counts(mapped: MappedShard, plan: Plan, spec: FieldSpec, part: Part, starts: Any) -> None:
+    """Does each row hold as many values as the counts of its positions tell?"""
+    name = spec.parameters["counts"]
+    counting = next((one for one in plan.fields if one.name == name and one.shape == spec.shape[:1]), None)
+    if counting is None or counting.codec != "dense":
+        raise StoreCorrupt(f"{mapped.path}: column {spec.name} has no column of counts {name!r} beside it")
+    values, rows = mapped.part(counting, *parts_of(counting))
+    before = np.concatenate([[0], np.cumsum(part.sizes(values[:, 0].astype(np.int64)))])
+    if (before[rows] != starts).any():
+        raise StoreCorrupt(f"{mapped.path}: rows of {spec.name} hold another number of values than {name} tells")
 
 
 def _extra_problems(folder: Path, plan: Plan) -> Iterator[Problem]:

@@ -28,10 +28,11 @@ from typing import IO, Any
 import numpy as np
 
 from . import index, manifest
+from .buffers import Memory
 from .errors import ConfigError, OutOfSpace, StoreError
 from .identity import compare, digest
 from .manifest import Plan, shard_path
-from .shard import Memory, ShardBuilder, ShardPlan, fsync_folder, write_arrow
+from .shard import ShardBuilder, ShardPlan, fsync_folder, write_arrow
 
 INFORMATION = tuple(f"identity.{part}.name" for part in manifest.NAMED)  # paths are no identity
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

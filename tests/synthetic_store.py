@@ -22,9 +22,21 @@ FIELDS = [
     FieldSpec("teacher_top_k_logits", ("S", 5), "float16"),
     FieldSpec("teacher_top_k_indices", ("S", 5), "int32", codec="bitpack", parameters={"bits": 17}),
     FieldSpec("teacher_logsumexp", ("S",), "float32"),
+    FieldSpec("teacher_kept_counts", ("S",), "uint8"),
+    FieldSpec("teacher_kept_logits", ("S", "K"), "float16", pad=-65504, parameters={"counts": "teacher_kept_counts"}),
+    FieldSpec(
+        "teacher_kept_indices",
+        ("S", "K"),
+        "int32",
+        codec="bitpack",
+        parameters={"bits": 13, "counts": "teacher_kept_counts"},
+    ),
+    FieldSpec("teacher_below", ("S", 6), "float32", codec="uint8"),
     FieldSpec("teacher_feature_map", (2, 3, 4), "float32"),
     FieldSpec("teacher_positions", ("P",), "int32", pad=-1),
     FieldSpec("teacher_completion_logits", ("P", 3), "float32"),
+    FieldSpec("teacher_sizes", ("P",), "uint16"),
+    FieldSpec("teacher_samples", ("P", "K"), "float32", codec="uint8", pad=-9, parameters={"counts": "teacher_sizes"}),
     FieldSpec("teacher_prediction", (), "int64", role="summary"),
     FieldSpec("teacher_loss", (), "float32", role="summary"),
     FieldSpec("image", (), "binary", codec="bytes", role="input"),
@@ -43,6 +55,9 @@ EXACT = {
     "teacher_attentions_02": 1 / 254,
     "teacher_logits": 2**-11,
     "teacher_top_k_logits": 2**-11,
+    "teacher_kept_logits": 2**-11,
+    "teacher_below": 1 / 510,
+    "teacher_samples": 1 / 510,
 }  # of the row's peak
 
 
@@ -61,6 +76,7 @@ def truth(shard: ShardPlan) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]
     for at, size in enumerate(lengths.tolist()):
         positions = np.flatnonzero(rng.random(size) < 0.5)
         stored[at] = len(positions)
+        kept, drawn = rng.integers(0, 6, size), rng.integers(1, 4, len(positions))
         rows.append(
             {
                 "input_ids": rng.integers(1, 1000, size),
@@ -75,9 +91,15 @@ def truth(shard: ShardPlan) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]
                 "teacher_top_k_logits": rng.normal(size=(size, 5)),
                 "teacher_top_k_indices": rng.integers(0, 2**17, (size, 5)),
                 "teacher_logsumexp": rng.normal(size=size),
+                "teacher_kept_counts": kept,
+                "teacher_kept_logits": ragged(rng.normal(size=(size, 5)), kept, -65504),
+                "teacher_kept_indices": ragged(rng.integers(0, 2**13, (size, 5)), kept, 0),
+                "teacher_below": -rng.random((size, 6)) * 20,
                 "teacher_feature_map": rng.normal(size=(2, 3, 4)),
                 "teacher_positions": positions,
                 "teacher_completion_logits": rng.normal(size=(len(positions), 3)),
+                "teacher_sizes": drawn,
+                "teacher_samples": ragged(-rng.random((len(positions), 3)), drawn, -9),
                 "teacher_prediction": np.int64(at % 3),
                 "teacher_loss": np.float32(np.nan if at % 5 == 4 else at / 10),
                 "image": bytes(rng.integers(0, 256, at % 9, np.uint8)),
@@ -85,6 +107,12 @@ def truth(shard: ShardPlan) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]
             }
         )
     return lengths, stored, rows
+
+
+def ragged(values: np.ndarray, counts: np.ndarray, pad: float) -> np.ndarray:
+    """[S, most of these positions], `pad` past each position's own entries."""
+    values = np.where(np.arange(values.shape[1]) < counts[:, None], values, pad)
+    return values[:, : counts.max(initial=0)]
 
 
 def all_rows() -> list[dict[str, Any]]:

@@ -45,6 +45,15 @@ def test_int8_is_within_half_a_level_of_its_block(values: np.ndarray) -> None:
 
 
 @given(FLOATS)
+def test_uint8_is_within_half_a_level_of_its_position(values: np.ndarray) -> None:
+    values = -np.abs(values)
+    got = roundtrip(values, FieldSpec("z", (values.shape[1],), "float32", codec="uint8"))
+    bound = np.abs(values).max(axis=1, keepdims=True).astype(np.float64) / 510
+    assert (np.abs(got - values) <= bound * (1 + 1e-5) + 3e-36).all()
+    assert (got[values == 0] == 0).all()
+
+
+@given(FLOATS)
 def test_bfloat16_is_what_torch_rounds_to(values: np.ndarray) -> None:
     got = roundtrip(values, FieldSpec("h", (values.shape[1],), "bfloat16"))
     assert (got == torch.from_numpy(values).bfloat16().float().numpy()).all()
@@ -67,15 +76,16 @@ def test_bitpack_is_exact_at_the_stated_size(bits: int, data: st.DataObject) -> 
         ("dense", "float16", 2),
         ("dense", "bfloat16", 2),
         ("int8", "float32", 1 + 4 / 128),
+        ("uint8", "float32", 1 + 4 / 1280),
     ],
 )
 def test_a_value_costs_what_is_stated(tmp_path: Path, codec: str, dtype: str, per_value: float) -> None:
     spec = FieldSpec("teacher_hidden_states_01", (1280,), dtype, codec=codec)
     assert sum(part.entry_bytes for part in parts_of(spec)) == 1280 * per_value
-    store = _one_field(tmp_path / "s", spec, np.ones((1000, 1280), np.float32))
+    store = _one_field(tmp_path / "s", spec, -np.ones((1000, 1280), np.float32))
     size = (tmp_path / "s/shards/train-00000.arrow").stat().st_size
     assert size == pytest.approx(1000 * bytes_per_row([spec], {}), rel=0.01)
-    assert (store.select()[[0]]["teacher_hidden_states_01"] == 1).all()
+    assert np.abs(store.select()[[0]]["teacher_hidden_states_01"] + 1).max() < 1e-6
 
 
 def _one_field(path: Path, spec: FieldSpec, values: np.ndarray) -> TeacherStore:
@@ -125,8 +135,10 @@ def test_padding_may_hold_anything(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"shape": ("T",), "dtype": "float32"}, "one of S, P, \\*"),
+        ({"shape": ("T",), "dtype": "float32"}, "one of S, P, K, \\*"),
         ({"shape": (0,), "dtype": "float32"}, "positive int"),
+        ({"shape": ("S", "K"), "dtype": "float32"}, 'parameters\\["counts"\\]'),
+        ({"shape": ("K",), "dtype": "float32", "parameters": {"counts": "n"}}, '"K" comes last'),
         ({"shape": (), "dtype": "float8"}, "dtype is one of"),
         ({"shape": (), "dtype": "float32", "role": "x"}, "role is one of"),
     ],
@@ -137,10 +149,12 @@ def test_fields_that_cannot_be(arguments: dict[str, object], message: str) -> No
 
 
 def test_codecs_that_cannot_be() -> None:
-    with pytest.raises(ConfigError, match="codec is one of dense, int8, bitpack, bytes, arrow; got 'zip'"):
+    with pytest.raises(ConfigError, match="codec is one of dense, int8, uint8, bitpack, bytes, arrow; got 'zip'"):
         parts_of(FieldSpec("f", (3,), "float32", codec="zip"))
     with pytest.raises(ConfigError, match="int8 needs an axis"):
         parts_of(FieldSpec("f", (), "float32", codec="int8"))
+    with pytest.raises(DataError, match="uint8 holds values up to 0; got 0.5"):
+        roundtrip(np.array([[0.5, -1]]), FieldSpec("f", (2,), "float32", codec="uint8"))
     with pytest.raises(ConfigError, match="bits from 1 to 32; got 40"):
         parts_of(FieldSpec("f", (3,), "int64", codec="bitpack", parameters={"bits": 40}))
     spec = FieldSpec("f", (1,), "int64", codec="bitpack", parameters={"bits": 3})

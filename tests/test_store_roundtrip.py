@@ -16,7 +16,7 @@ import synthetic_store as synthetic
 from predistill.store import ConfigError, TeacherStore, gather
 
 ROWS = synthetic.all_rows()
-POSITIONED = ("teacher_positions", "teacher_completion_logits")
+POSITIONED = ("teacher_positions", "teacher_completion_logits", "teacher_sizes", "teacher_samples")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,9 @@ def check(batch: dict[str, Any], ids: Any) -> None:
             own = got[tuple(slice(n) for n in np.shape(want))]
             bound = synthetic.EXACT.get(spec.name, 1e-7) * np.abs(np.nan_to_num(want)).max(initial=0)
             np.testing.assert_allclose(own, want, rtol=0, atol=bound + 1e-12, err_msg=spec.name)
-            assert np.count_nonzero(np.nan_to_num(got)) == np.count_nonzero(np.nan_to_num(own)), f"{spec.name}: padding"
+            assert (np.nan_to_num(got) != spec.pad).sum() == (np.nan_to_num(own) != spec.pad).sum(), (
+                f"{spec.name}: padding"
+            )
         check_positions({name: value[at] for name, value in batch.items()}, row)
 
 
@@ -57,6 +59,10 @@ def check_positions(one: dict[str, Any], row: dict[str, Any]) -> None:
     assert (one["teacher_mask"] == mask).all()
     np.testing.assert_allclose(one["teacher_completion_logits"][mask], row["teacher_completion_logits"], rtol=1e-6)
     assert not one["teacher_completion_logits"][~mask].any()
+    assert (one["teacher_sizes"][mask] == row["teacher_sizes"]).all()
+    samples, most = one["teacher_samples"], row["teacher_samples"].shape[1]
+    np.testing.assert_allclose(samples[mask][:, :most], row["teacher_samples"], rtol=0, atol=1 / 500)
+    assert (samples[~mask] == -9).all() and (samples[:, most:] == -9).all()
 
 
 def test_rows_by_index_slice_and_list(store: TeacherStore) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -271,6 +272,32 @@ def test_garbage_shards_are_refused(path: Path) -> None:
             TeacherStore.open(path).select()[list(range(30))]
         except PredistillError:
             continue
+
+
+def test_offsets_of_carried_bytes_are_looked_at(path: Path) -> None:
+    """A stranger's offsets once made a copy of gigabytes."""
+
+    def far(array: pa.Array) -> pa.Array:
+        starts = np.frombuffer(array.buffers()[1], np.int64).copy()
+        starts[1:-1] = 2**33
+        return pa.Array.from_buffers(array.type, len(array), [None, pa.py_buffer(starts), array.buffers()[2]])
+
+    rewrite(path, replace("image", far))
+    with pytest.raises(StoreCorrupt, match="column image"):
+        TeacherStore.open(path).select()[list(range(30))]
+
+
+def test_counts_that_do_not_fit_their_rows_are_refused(path: Path) -> None:
+    def one_more(array: pa.Array) -> pa.Array:
+        values = pa.array(np.asarray(array.values) + np.uint8(1))
+        return pa.Array.from_buffers(array.type, len(array), array.buffers()[:2], children=[values])
+
+    rewrite(path, replace("teacher_kept_counts", one_more))
+    with pytest.raises(StoreCorrupt, match="another number of values than their counts"):
+        TeacherStore.open(path).select()[list(range(30))]
+    target = path / "shards/train-00000.arrow"
+    forge(path, _set(["shards", 0, "sha256"], hashlib.sha256(target.read_bytes()).hexdigest()))
+    assert any("another number of values" in problem["detail"] for problem in verify(path)["problems"])
 
 
 def test_positions_past_the_row_are_refused(path: Path) -> None:
