@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .errors import ConfigError, DataError
-from .schema import ARROW_TYPES, FieldSpec, entry_width, is_list, symbols
+from .schema import ARROW_TYPES, FieldSpec, entry_width, is_list, is_ragged, symbols
 
 _BLOCK = 1 << 18  # values looked at together: 512 KB stay in the cache
 INT8_BLOCK = 128  # values that share a scale
@@ -245,6 +245,8 @@ def bytes_per_row(fields: Sequence[FieldSpec], lengths: Mapping[str, float]) -> 
 def _entries(part: Part, lengths: Mapping[str, float]) -> float:
     if not symbols(part.shape):
         return 1
+    if is_ragged(part.shape):
+        return lengths.get(str(part.shape[0]), 0) * part.sizes(lengths.get("K", 0))
     sizes = part.shape[:1] if is_list(part.shape) else part.shape
     return math.prod(lengths.get(size, 0) if isinstance(size, str) else size for size in sizes)
 

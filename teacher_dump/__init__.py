@@ -7,6 +7,7 @@ labels      label columns of every form; label_names: do both mean the same by c
 tasks/      how a row becomes inputs, and outputs become columns
 teacher     who the teacher is
 capture     a batch through it
+token_logits  what is kept of a language model's logits; fidelity: what that loses; budget: which way is chosen
 planning    shards, size and time, from a few rows
 shards      one shard, from rows to a committed file
 background  threads beside the teacher

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -39,10 +40,13 @@ class Captured:
             self._copied.record()
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """float32 arrays; waits for the device."""
+        """Whole numbers as they are, others as float32; waits for the device."""
         if self._copied is not None:
             self._copied.synchronize()
-        return {name: tensor.float().numpy() for name, tensor in self._fields.items()}
+        return {
+            name: (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+            for name, tensor in self._fields.items()
+        }
 
     def seconds(self) -> float:
         """Time that the forward pass took, on the device's own clock."""
@@ -57,25 +61,31 @@ class Capture:
 
     def __init__(self, teacher: Teacher, task: Task):
         self._teacher, self._task = teacher, task
-        self.device = teacher.device
         self.model = teacher.load()
+        self.device = _first_device(self.model) or teacher.device
         self.dtype = next(self.model.parameters()).dtype
         check_dtype(self.dtype, self.device)
 
-    def __call__(self, samples: Samples, rows: np.ndarray) -> Captured:
-        """rows: int64 [B], positions in `samples`."""
+    def __call__(self, samples: Samples, rows: np.ndarray, **given: Any) -> Captured:
+        """rows: int64 [B], positions in `samples`. `given` goes to the task's forward."""
         inputs = {name: self._send(array) for name, array in self._task.collate(samples, rows).items()}
         began = self._now()
         try:
             with torch.inference_mode():
-                output = self.model(**inputs)
+                fields = self._task.forward(self.model, inputs, samples, rows, **given)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise self._out_of_memory(inputs) from error
         except RuntimeError as error:
             if "memory" in str(error).lower():
                 raise self._out_of_memory(inputs) from error
             raise
-        return Captured({"logits": output.logits}, began, self._now())
+        return Captured(fields, began, self._now())
+
+    def running(self, task: Task) -> Capture:
+        """The same model, running another task of it."""
+        made = copy.copy(self)
+        made._task = task
+        return made
 
     def _send(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
@@ -97,6 +107,12 @@ class Capture:
             f"{self.device} is out of memory at a batch of {rows} rows of {width} tokens: free some and run the same "
             f"command again, or start over with {advice}"
         )
+
+
+def _first_device(model: torch.nn.Module) -> torch.device | None:
+    """Where the inputs of a model that is spread over devices go; None where it is not spread."""
+    places = list(getattr(model, "hf_device_map", {}).values())
+    return torch.device("cpu" if places[0] == "disk" else places[0]) if places else None
 
 
 def _start_copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 
 from ..store import Plan
 
-_HUB_TASKS = ("text-classification",)
+_HUB_TASKS = {"text-classification": "text-classification", "causal-lm": "text-generation"}  # by task
 _TEMPLATE = """---
 {{ card_data }}
 ---
@@ -102,7 +102,7 @@ def dataset_card(plan: Plan, committed: dict[str, dict[str, int]], name: str) ->
     head = DatasetCardData(
         pretty_name=name,
         tags=["predistill", "knowledge-distillation"],
-        task_categories=[plan.task] if plan.task in _HUB_TASKS else None,
+        task_categories=[_HUB_TASKS[plan.task]] if plan.task in _HUB_TASKS else None,
         size_categories=[_size(samples)],
         configs=[{"config_name": "default", "data_files": "samples.parquet"}],
     )

@@ -5,21 +5,28 @@ Nothing heavy is imported: the command line reads this file to print its help.
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..store.errors import ConfigError
-from .tasks import TASKS
+from .tasks import LANGUAGE_MODEL_SETTINGS, TASKS
 
-DTYPES = ("float16", "bfloat16", "float32")
-TEACHER_DTYPES = ("auto", *DTYPES)
+DTYPES = ("float16", "bfloat16", "float32", "int8")
+TEACHER_DTYPES = ("auto", "float16", "bfloat16", "float32")
+POSITIONS = ("all", "completion")
 PROBLEM_TYPES = ("auto", "single_label_classification", "multi_label_classification", "regression")
 LABEL_ORDERS = ("check", "by-name", "by-id")
+CHOSEN_BY_BUDGET = ("top_k_logits", "top_p", "sampled_logits", "sample_temperature", "dtype")
+MOST_DRAWS = 255  # the draws of one id are stored in a byte
 AUTO = "auto"
 NO_COLUMN = "none"
 DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow")
+_WHOLE_NUMBERS = {
+    "max_length": 1, "tokens_per_batch": 1, "shard_size": 1, "budget": 1, "top_k_logits": 0, "sampled_logits": 1,
+}  # fmt: skip
 _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]i?)?b?", re.IGNORECASE)
 _NAMED = re.compile(r"(?P<split>\w[\w.-]*)=(?P<path>.+)", re.DOTALL)
 
@@ -28,7 +35,7 @@ def _setting(default: Any, help: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": help, **more})
 
 
-def _list(default: list[str], help: str, **more: Any) -> Any:
+def _list(default: list[Any], help: str, **more: Any) -> Any:
     return field(default_factory=lambda: list(default), metadata={"help": help, **more})
 
 
@@ -51,7 +58,10 @@ class DumpConfig:
     dataset_revision: str | None = _setting(None, "Commit, branch or tag of a Hub dataset.")
     teacher_revision: str | None = _setting(None, "Commit, branch or tag of a Hub teacher.")
     split: list[str] = _list([], "Splits to dump. Default: all that the dataset has.")
-    text_column: str = _setting("text", "Column of the text.")
+    text_column: str | None = _setting(
+        None,
+        "Column of the text. Default: text; for language models text, messages, or prompt and completion, where there.",
+    )
     text_pair_column: str | None = _setting(None, "Column of the second text, for sentence pairs.")
     label_column: str = _setting(
         AUTO, "Column of the labels; auto takes label or labels where there; none leaves rows unlabelled."
@@ -69,47 +79,89 @@ class DumpConfig:
     fields: list[str] = _list(["logits"], "Teacher outputs to keep.")
     layers: str | None = _setting(None, "Layers of fields that have layers; logits have none.")
     keep_columns: list[str] = _list([], "Source columns to carry into the store, for queries.")
-    dtype: str = _setting("float16", "How teacher outputs are stored.", choices=DTYPES)
+    dtype: str = _setting(
+        "float16", "How teacher outputs are stored; int8 is for the top k logits of language models.", choices=DTYPES
+    )
+    top_k_logits: int | None = _setting(
+        None,
+        "Logits to keep of each token, the largest; 0 keeps all. Default: 64, or all of a vocabulary of at most 1024.",
+        unit="entries",
+    )
+    top_p: float | None = _setting(
+        None, "Of the top k logits, keep only the largest that together have this probability.", unit="probability"
+    )
+    temperatures: list[float] = _list(
+        [], "Temperatures, 1 aside, at which probabilities of kept logits shall be exact: 4 bytes a token for each."
+    )
+    sampled_logits: int | None = _setting(
+        None, "Instead of the top k: draws from the teacher's distribution to keep of each token.", unit="draws"
+    )
+    sample_temperature: float = _setting(
+        1.0, "Temperature to draw at; at another than 1, each draw carries the ratio that corrects for it."
+    )
+    packing: bool = _setting(False, "Fill rows of --max-length tokens with one document after another.")
+    positions: str = _setting(
+        "all", "Tokens to keep logits of: all, or those that predict a completion.", choices=POSITIONS
+    )
+    budget: int | None = _setting(
+        None,
+        "Size that the store may have: picks how logits are kept (top k, top p or draws, and dtype) by fidelity.",
+        unit="bytes",
+    )
     max_length: int | None = _setting(None, "Longer inputs are cut. Default: what the teacher takes.", unit="tokens")
     tokens_per_batch: int | None = _setting(
         None, "Size of a teacher batch, padding included. Default: 4096 on a CPU, 32768 elsewhere.", unit="tokens"
     )
     shard_size: int = _setting(256 * 10**6, "Size that shards are planned for.", unit="bytes")
     device: str = _setting(AUTO, "Where the teacher runs: auto, cpu, cuda, cuda:1, mps.")
+    device_map: str | None = _setting(
+        None, "Spread the teacher over all devices, by accelerate: auto, balanced, balanced_low_0, sequential."
+    )
     teacher_dtype: str = _setting(
         AUTO, "What the teacher computes in; auto is what its weights are saved in.", choices=TEACHER_DTYPES
     )
     attention: str = _setting(AUTO, "The teacher's attention implementation: auto, eager, sdpa, flash_attention_2, …")
+    compile: bool = _setting(False, "Compile the teacher with torch.compile: minutes to begin, faster after.")
     trust_remote_code: bool = _setting(False, "Run Python code that comes with the teacher.")
     dry_run: bool = _setting(False, "Say size and time, measured on a few rows, and write nothing.")
     overwrite: bool = _setting(False, "Empty a store of other settings first.")
 
     def __post_init__(self) -> None:
         self.shard_size = parse_size(self.shard_size)
+        self.budget = None if self.budget is None else parse_size(self.budget)
         for name in ("teacher", "dataset", "output_dir"):
             setattr(self, name, str(getattr(self, name)))
         self._check_choices()
         self._check_fields()
         self._check_numbers()
+        self._check_known()
+        self._check_logits()
+        self.text_column = self.text_column or TASKS[self.task].text_column
+        if self.device_map is not None and self.device != AUTO:
+            raise ConfigError(f"--device-map {self.device_map} chooses devices, and so does --device; give one of them")
         if looks_like_path(self.teacher) and not Path(self.teacher).expanduser().is_dir():
             raise ConfigError(f"--teacher {self.teacher}: a folder with a saved model expected; there is none")
         named_paths(self.dataset)
 
     def _check_choices(self) -> None:
         allowed = {
-            "task": tuple(TASKS), "dtype": DTYPES, "teacher_dtype": TEACHER_DTYPES,
-            "problem_type": PROBLEM_TYPES, "label_order": LABEL_ORDERS,
+            "task": tuple(TASKS), "dtype": self._dtypes(), "teacher_dtype": TEACHER_DTYPES,
+            "problem_type": PROBLEM_TYPES, "label_order": LABEL_ORDERS, "positions": POSITIONS,
         }  # fmt: skip
         for name, choices in allowed.items():
             if (value := getattr(self, name)) not in choices:
                 raise ConfigError(f"{_flag(name)} is one of {', '.join(choices)}; got {value!r}")
         for name in ("teacher", "dataset", "output_dir", "text_column"):
-            if not getattr(self, name).strip():
+            if getattr(self, name) is not None and not getattr(self, name).strip():
                 raise ConfigError(f"{_flag(name)} is empty")
         for name in ("split", "keep_columns", "label_names"):
             values = getattr(self, name)
             if isinstance(values, str) or len(set(values)) < len(values):
                 raise ConfigError(f"{_flag(name)} is a list of different names; got {values!r}")
+
+    def _dtypes(self) -> tuple[str, ...]:
+        known = TASKS[self.task].settings if self.task in TASKS else ()
+        return DTYPES if "top_k_logits" in known else tuple(name for name in DTYPES if name != "int8")
 
     def _check_fields(self) -> None:
         supported = TASKS[self.task].fields
@@ -122,10 +174,41 @@ class DumpConfig:
             )
 
     def _check_numbers(self) -> None:
-        for name in ("max_length", "tokens_per_batch", "shard_size"):
+        for name, least in _WHOLE_NUMBERS.items():
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ConfigError(f"{_flag(name)} is a whole number from 1; got {value!r}")
+            if value is not None and (type(value) is not int or value < least):
+                raise ConfigError(f"{_flag(name)} is a whole number from {least}; got {value!r}")
+        for value in (self.sample_temperature, *self.temperatures):
+            if not (isinstance(value, float | int) and 0 < value < math.inf):
+                raise ConfigError(f"a temperature is a number above 0; got {value!r}")
+        if self.top_p is not None and not (isinstance(self.top_p, float | int) and 0 < self.top_p <= 1):
+            raise ConfigError(f"--top-p is above 0 and at most 1; got {self.top_p!r}")
+        if self.sampled_logits is not None and self.sampled_logits > MOST_DRAWS:
+            raise ConfigError(f"--sampled-logits is at most {MOST_DRAWS}; got {self.sampled_logits}")
+
+    def _check_known(self) -> None:
+        """Settings of some tasks are refused for the others."""
+        own = TASKS[self.task].settings
+        for one in fields(self):
+            if one.name in LANGUAGE_MODEL_SETTINGS and one.name not in own and self._given(one.name):
+                raise ConfigError(f"{_flag(one.name)} is nothing that {self.task} knows; leave it away")
+
+    def _check_logits(self) -> None:
+        """One way of keeping logits at a time."""
+        if self.budget is not None:
+            chosen = [name for name in CHOSEN_BY_BUDGET if self._given(name)]
+            if chosen:
+                raise ConfigError(f"--budget chooses {_flag(chosen[0])} itself; give one of them")
+        if self.sampled_logits is not None and (self.top_k_logits is not None or self.top_p is not None):
+            raise ConfigError("--sampled-logits is kept instead of --top-k-logits and --top-p; give one of them")
+        if self.sample_temperature != 1 and self.sampled_logits is None:
+            raise ConfigError(f"--sample-temperature {self.sample_temperature:g} is for --sampled-logits; give both")
+
+    def _given(self, name: str) -> bool:
+        """Is this setting another than its default?"""
+        one = next(each for each in fields(self) if each.name == name)
+        default = one.default_factory() if callable(one.default_factory) else one.default
+        return getattr(self, name) != default
 
 
 def _flag(name: str) -> str:

@@ -12,8 +12,9 @@ from typing import Any
 
 from ..store import ConfigError, Plan, ShardPlan, StoreWriter, describe, manifest, schema
 from ..store.writer import check_folder
-from . import planning
+from . import budget, planning
 from .background import Ahead, Background
+from .budget import Choice
 from .capture import Capture, token_batches
 from .card import dataset_card
 from .config import DumpConfig
@@ -22,7 +23,7 @@ from .disk import check_room
 from .progress import DumpProgress, say
 from .shards import Prepared, ShardKeeper, Tally, carried_fields, prepare
 from .survey import Survey, survey
-from .tasks import Task, task_class
+from .tasks import TASKS, Task, task_class
 from .teacher import Teacher, slow_dtype
 
 _TAKEN = ("sample_id", "split", "shard", "row", "num_tokens", "label", *schema.ADDRESS_COLUMNS, schema.ATTENTION_MASK)
@@ -39,6 +40,8 @@ class Job:
     pilot: planning.Pilot
     plan: Plan
     tokens_per_batch: int
+    choice: Choice
+    capture: Capture | None  # where the plan could not be made without it
 
 
 def dump(config: DumpConfig) -> dict[str, Any]:
@@ -71,33 +74,47 @@ def dump(config: DumpConfig) -> dict[str, Any]:
 def plan(config: DumpConfig) -> dict[str, Any]:
     """Size and time of a dump, measured on a few rows; writes nothing.
 
-    Returns {"bytes", "bytes_per_sample", "shards", "samples", "tokens", "seconds", "free_bytes"}.
+    Returns {"bytes", "bytes_per_sample", "shards", "samples", "tokens", "seconds", "free_bytes"}; for language models
+    also "candidates", a list of fidelity.Candidate as dicts, and "chosen", the name of one.
     """
-    job = _prepare(config)
-    return _measure(config, job, Capture(job.teacher, job.task), planning.PILOT_ROWS, job.plan.shards)
+    job = _prepare(config, compare="budget" in TASKS[config.task].settings)
+    capture = job.capture or Capture(job.teacher, job.task)
+    return {**_measure(config, job, capture, planning.PILOT_ROWS, job.plan.shards), **job.choice.to_json()}
 
 
-def _prepare(config: DumpConfig) -> Job:
-    """Rows loaded, checked and hashed, the teacher identified, shards planned."""
-    check_folder(Path(config.output_dir).expanduser())
+def _prepare(config: DumpConfig, compare: bool = False) -> Job:
+    """Rows loaded, checked and hashed, the teacher identified, shards planned; compare: ways of keeping logits too."""
+    folder = Path(config.output_dir).expanduser()
+    check_folder(folder)
     source = load_rows(config)
     kind = task_class(config.task)
     teacher = Teacher(config, kind.model_class)
-    task: Task = kind(config, teacher, source)
+    choice = None if compare else budget.earlier(config, folder)
+    task: Task = kind(choice.config if choice else config, teacher, source)
     checked = survey(source, task, config.keep_columns)
     for line in task.notices:
         say(f"note: {line}")
-    fields = [*task.fields, *carried_fields(source, config.keep_columns)]
     _check_kept(config.keep_columns, task)
-    pilot = planning.look(source, task, fields, checked.carried_bytes)
+    pilot = planning.look(source, task, checked.carried_bytes)
+    per_batch, capture = planning.tokens_per_batch(config, teacher), None
+    carried = carried_fields(source, config.keep_columns)
+    if compare or (choice is None and budget.must_measure(config, task.fields)):
+        capture = Capture(teacher, task)
+        choice = budget.settle(config, task, capture, pilot, [*task.fields, *carried], source.rows, per_batch)
+        if config.budget is not None:
+            say(f"note: {choice.line()}")
+            task = kind(choice.config, teacher, source)
+            capture = capture.running(task)
+    choice = choice or Choice(config)
+    fields = [*task.fields, *carried]
+    pilot = planning.sized(pilot, fields, choice.entries)
     shards = planning.plan_shards(source, pilot, config.shard_size, teacher)
-    per_batch = planning.tokens_per_batch(config, teacher)
     settings = {
         **task.settings, "splits": list(source.splits), "keep_columns": config.keep_columns,
-        "tokens_per_batch": per_batch, "shard_size": config.shard_size,
+        "tokens_per_batch": per_batch, "shard_size": config.shard_size, **choice.settings(config.budget),
     }  # fmt: skip
     made = Plan(config.task, settings, _identity(source, teacher, checked), fields, shards, task.label_names)
-    return Job(source, teacher, task, pilot, made, per_batch)
+    return Job(source, teacher, task, pilot, made, per_batch, choice, capture)
 
 
 def _run_shards(config: DumpConfig, job: Job, writer: StoreWriter, missing: list[ShardPlan], tally: Tally) -> None:
@@ -107,12 +124,14 @@ def _run_shards(config: DumpConfig, job: Job, writer: StoreWriter, missing: list
     rows = sum(shard.stop - shard.start for shard in missing)
     prepared = Ahead(partial(prepare, job.source, job.task, config.keep_columns), missing)
     with Background() as background:
-        capture = Capture(job.teacher, job.task)
+        capture = job.capture or Capture(job.teacher, job.task)
         prepared.wait()  # tokenising beside it would slow the pilot down
-        _measure(config, job, capture, rows // _PILOT_SHARE, missing)
-        with DumpProgress(rows, rows * job.pilot.tokens, tally) as progress:
+        _measure(config, job, capture, round(rows * job.pilot.stored) // _PILOT_SHARE, missing)
+        with DumpProgress(rows * job.pilot.stored, rows * job.pilot.tokens, tally) as progress:
             for shard, ready in zip(missing, prepared, strict=True):
-                progress.expect(len(ready.samples) * job.pilot.tokens, int(ready.samples.lengths["S"].sum()))
+                planned = shard.stop - shard.start
+                progress.expect(len(ready.samples) - planned * job.pilot.stored,
+                                int(ready.samples.lengths["S"].sum()) - planned * job.pilot.tokens)  # fmt: skip
                 keeper = ShardKeeper(writer, job.task, shard, ready, tally)
                 _run_shard(job, ready, capture, keeper, background, progress)
             background.close()
@@ -141,8 +160,9 @@ def _measure(config: DumpConfig, job: Job, capture: Capture, rows: int, shards: 
     found = planning.figures(job.pilot, job.source.rows, len(job.plan.shards), seconds_per_token, folder)
     share = sum(shard.stop - shard.start for shard in shards) / job.source.rows
     time_left = f", about {found['seconds'] * share:.0f} s" if found["seconds"] else ""
+    length = found["tokens"] / found["samples"]
     say(
-        f"{found['samples']} rows of {job.pilot.tokens:.1f} tokens: {found['bytes'] / 1e6:.1f} MB in {found['shards']} "
+        f"{found['samples']} rows of {length:.1f} tokens: {found['bytes'] / 1e6:.1f} MB in {found['shards']} "
         f"shards ({found['bytes_per_sample']:.0f} bytes a row), {len(shards)} to do{time_left}; "
         f"{found['free_bytes'] / 1e9:.1f} GB free"
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,31 +33,43 @@ SHARD_WORK_ON_DEVICES = 2e16
 
 @dataclass(frozen=True)
 class Pilot:
-    """What a few rows tell of all. samples: those rows; tokens, bytes and carried bytes: a row on average."""
+    """What a few source rows tell of all. samples: those of the largest split, as they are stored.
+
+    tokens, bytes, carried bytes and stored rows: of one source row, on average. lengths: of one stored row.
+    """
 
     split: str
     samples: Samples
     tokens: float
     bytes: float
     carried: float
+    stored: float = 1.0
+    lengths: Mapping[str, float] = field(default_factory=dict)
 
 
 def tokens_per_batch(config: DumpConfig, teacher: Teacher) -> int:
     return config.tokens_per_batch or TOKENS_PER_BATCH.get(teacher.device.type, TOKENS_ON_DEVICES)
 
 
-def look(source: SourceData, task: Task, fields: list[FieldSpec], carried_bytes: float) -> Pilot:
-    """Tokenise rows spread evenly over each split; the same rows for the same data."""
-    lengths, largest = [], max(source.splits, key=lambda split: len(source.splits[split]))
+def look(source: SourceData, task: Task, carried_bytes: float) -> Pilot:
+    """Tokenise rows spread evenly over each split; the same rows for the same data. Bytes are told by `sized`."""
+    made, looked, largest = {}, 0, max(source.splits, key=lambda split: len(source.splits[split]))
     for split, rows in source.splits.items():
         count = min(len(rows), max(1, PILOT_ROWS * len(rows) // source.rows))
         at = np.linspace(0, len(rows) - 1, count).astype(np.int64)
-        made = task.prepare(split, at, read(rows, task.columns, at.tolist()))
-        lengths.append(made.lengths["S"])
-        if split == largest:
-            samples = made
-    tokens = float(np.concatenate(lengths).mean())
-    return Pilot(largest, samples, tokens, bytes_per_row(fields, {"S": tokens, "*": 1}) + carried_bytes, carried_bytes)
+        made[split] = task.prepare(split, at, read(rows, task.columns, at.tolist()))
+        looked += count
+    totals = {name: sum(int(one.lengths[name].sum()) for one in made.values()) for name in made[largest].lengths}
+    stored = sum(map(len, made.values()))
+    lengths = {name: total / stored for name, total in totals.items()}
+    each = stored / looked
+    return Pilot(largest, made[largest], totals["S"] / looked, 0.0, carried_bytes * each, each, lengths)
+
+
+def sized(pilot: Pilot, fields: list[FieldSpec], entries: float = 0.0) -> Pilot:
+    """With the bytes that these fields take; entries: of a position, where fields keep a number of them that varies."""
+    row = bytes_per_row(fields, {"*": 1, "K": entries, **pilot.lengths})
+    return replace(pilot, bytes=pilot.stored * row + pilot.carried)
 
 
 def plan_shards(source: SourceData, pilot: Pilot, shard_size: int, teacher: Teacher) -> list[ShardPlan]:
@@ -72,27 +85,32 @@ def plan_shards(source: SourceData, pilot: Pilot, shard_size: int, teacher: Teac
 
 
 def room(pilot: Pilot, left: int, rows: int) -> int:
-    """Bytes that `left` rows still to be dumped and an index of all `rows` take."""
-    return round(left * pilot.bytes + rows * (INDEX_BYTES + pilot.carried))
+    """Bytes that `left` source rows still to be dumped and an index of all `rows` take."""
+    return round(left * pilot.bytes + rows * (INDEX_BYTES * pilot.stored + pilot.carried))
 
 
 def time_teacher(capture: Capture, pilot: Pilot, per_batch: int, rows: int) -> tuple[float, str | None]:
-    """(seconds a token, a line on labels or None) from at most `rows` pilot rows, in batches that double until
+    """(seconds a token, a line on labels or None) from at most `rows` stored pilot rows, in batches that double until
     PILOT_SECONDS are spent. The first batch warms up and does not count."""
     samples, rows = pilot.samples, min(rows, len(pilot.samples))
-    order = np.random.default_rng(0).permutation(len(samples))[:rows]  # any batch is a fair sample
+    order = shuffled(samples)[:rows]
     spent, tokens, logits, taken, size = 0.0, 0, [], 0, 8
     while taken < rows and spent < PILOT_SECONDS:
         chosen = order[taken : taken + size]
         began = time.perf_counter()
         for batch in token_batches(samples.lengths["S"][chosen], per_batch):
-            logits.append((chosen[batch], capture(samples, chosen[batch]).arrays()["logits"]))
+            found = capture(samples, chosen[batch]).arrays()
+            if "logits" in found:  # one prediction a row
+                logits.append((chosen[batch], found["logits"]))
         if taken:
             spent, tokens = time.perf_counter() - began, int(samples.lengths["S"][chosen].sum())
         taken, size = taken + size, size * 2
-    if not logits:
-        return 0.0, None
-    return spent / max(tokens, 1), _agreement(samples, logits)
+    return spent / max(tokens, 1), _agreement(samples, logits) if logits else None
+
+
+def shuffled(samples: Samples) -> np.ndarray:
+    """int64 [n]: the pilot's rows in an order of which any stretch is a fair sample."""
+    return np.random.default_rng(0).permutation(len(samples))
 
 
 def _agreement(samples: Samples, logits: list[tuple[np.ndarray, np.ndarray]]) -> str | None:
@@ -105,12 +123,14 @@ def _agreement(samples: Samples, logits: list[tuple[np.ndarray, np.ndarray]]) ->
 
 
 def figures(pilot: Pilot, rows: int, shards: int, seconds_per_token: float, folder: Path) -> dict[str, Any]:
-    """What `predistill plan --json` says: bytes of the shards, seconds of the teacher."""
+    """What `predistill plan --json` says of `rows` source rows: bytes of the shards, stored rows, seconds of the
+    teacher."""
+    samples = round(rows * pilot.stored)
     return {
         "bytes": round(pilot.bytes * rows),
-        "bytes_per_sample": round(pilot.bytes, 2),
+        "bytes_per_sample": round(pilot.bytes / pilot.stored, 2),
         "shards": shards,
-        "samples": rows,
+        "samples": samples,
         "tokens": round(pilot.tokens * rows),
         "seconds": round(seconds_per_token * pilot.tokens * rows, 3),
         "free_bytes": free_bytes(folder),

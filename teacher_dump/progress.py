@@ -20,9 +20,9 @@ def say(line: str) -> None:
 
 
 class DumpProgress:
-    """Follows a dump of `rows` rows and about `tokens` tokens; the tokens are what time goes by."""
+    """Follows a dump of about `rows` stored rows and `tokens` tokens; the tokens are what time goes by."""
 
-    def __init__(self, rows: int, tokens: float, tally: Tally):
+    def __init__(self, rows: float, tokens: float, tally: Tally):
         self._rows, self._left, self._tally = rows, tokens, tally
         self._began, self._shown = time.perf_counter(), False
         console = Console(stderr=True)
@@ -31,11 +31,12 @@ class DumpProgress:
             TextColumn("{task.fields[written]} written"), TimeRemainingColumn(elapsed_when_finished=True),
             console=console, disable=not console.is_terminal,
         )  # fmt: skip
-        self._bar = self._bars.add_task("dump", total=tokens, rows=f"0/{rows}", speed="–", written="0")
+        self._bar = self._bars.add_task("dump", total=tokens, rows=f"0/{rows:.0f}", speed="–", written="0")
 
-    def expect(self, guessed: float, tokens: int) -> None:
-        """A shard that was thought to have `guessed` tokens turned out to have `tokens`."""
-        self._left += tokens - guessed
+    def expect(self, rows: float, tokens: float) -> None:
+        """A shard turned out to have so many more rows and tokens than was thought."""
+        self._rows += rows
+        self._left += tokens
 
     def advance(self, rows: int, tokens: int) -> None:
         self._tally.rows += rows
@@ -47,7 +48,7 @@ class DumpProgress:
             self._bars.start()
             self._shown = True
         self._bars.update(
-            self._bar, completed=self._tally.tokens, total=self._left, rows=f"{self._tally.rows}/{self._rows}",
+            self._bar, completed=self._tally.tokens, total=self._left, rows=f"{self._tally.rows}/{self._rows:.0f}",
             speed=f"{self._tally.tokens / seconds:,.0f}", written=decimal(self._tally.bytes),
         )  # fmt: skip
 

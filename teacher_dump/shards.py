@@ -55,6 +55,7 @@ class ShardKeeper:
         self._writer, self._task, self._samples, self._tally = writer, task, prepared.samples, tally
         self._carried = prepared.carried
         self._builder = writer.open_shard(shard, len(self._samples), self._samples.lengths)
+        self._ragged = {spec.name for spec in task.fields if "K" in spec.shape}
         self._loose = {spec.name: [None] * len(self._samples) for spec in task.fields if "*" in spec.shape}
 
     def keep_inputs(self) -> None:
@@ -63,11 +64,12 @@ class ShardKeeper:
             self._builder.put(name, everything, values)
         for name, column in self._carried.items():
             self._builder.put_column(name, column)
-        self._builder.put_addresses(self._samples.content_hash, self._samples.source_index)
+        self._builder.put_addresses(self._samples.content_hash, self._samples.source_index, self._samples.view)
 
     def keep(self, rows: np.ndarray, captured: Captured) -> None:
         """rows: int64 [B], positions in the shard."""
-        for name, values in self._task.outputs(self._samples, rows, captured.arrays()).items():
+        found = self._task.outputs(self._samples, rows, captured.arrays())
+        for name, values in sorted(found.items(), key=lambda item: item[0] in self._ragged):  # after their counts
             if name in self._loose:
                 for row, value in zip(rows, values, strict=True):
                     self._loose[name][row] = value

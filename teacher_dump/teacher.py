@@ -37,6 +37,7 @@ class Teacher:
         self.dtype = AUTO if config.teacher_dtype == AUTO else getattr(torch, config.teacher_dtype)
         self._model_class = getattr(transformers, model_class)
         self._shared = {"trust_remote_code": config.trust_remote_code, "revision": config.teacher_revision}
+        self._device_map, self._compile = config.device_map, config.compile
         self._attention = {} if config.attention == AUTO else {"attn_implementation": config.attention}
         with quiet_transformers(), _one_line(config.teacher):
             self.config = transformers.AutoConfig.from_pretrained(self.where, **self._given())
@@ -47,9 +48,10 @@ class Teacher:
 
     def load(self) -> torch.nn.Module:
         """The model with its weights, on its device, ready to be run. Raises ConfigError where weights are missing."""
+        spread = {} if self._device_map is None else {"device_map": self._device_map}
         with quiet_transformers(), _one_line(self.where):
             model, loading = self._model_class.from_pretrained(
-                self.where, dtype=self.dtype, output_loading_info=True, **self._attention, **self._given()
+                self.where, dtype=self.dtype, output_loading_info=True, **spread, **self._attention, **self._given()
             )
         missing = sorted(loading["missing_keys"])
         if missing:
@@ -58,11 +60,23 @@ class Teacher:
                 "that was fine-tuned for the task expected"
             )
         model.config.pad_token_id = self.pad_id
-        return model.eval().requires_grad_(False).to(self.device)
+        model.config.get_text_config().use_cache = False  # keys and values of tokens that nothing will follow
+        model = model.eval().requires_grad_(False)
+        if self._device_map is None:
+            model = model.to(self.device)
+        if self._compile:
+            model.base_model.compile()  # what follows it, a head or a classifier, is run in chunks or is small
+        return model
 
     @property
     def num_labels(self) -> int:
         return int(self.config.num_labels)
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits of a language model: the rows of its head, which may be more than the tokenizer has ids."""
+        head = self._skeleton.get_output_embeddings()
+        return int(head.weight.shape[0] if hasattr(head, "weight") else self.config.get_text_config().vocab_size)
 
     @property
     def attention(self) -> str:
@@ -70,8 +84,9 @@ class Teacher:
 
     @property
     def parameters(self) -> int:
-        """Parameters that every token passes through: embedding tables are looked up, not multiplied."""
+        """Parameters that every token passes through: embedding tables are looked up, not multiplied, but for heads."""
         tables = {id(m.weight) for m in self._skeleton.modules() if isinstance(m, torch.nn.Embedding)}
+        tables -= {id(getattr(self._skeleton.get_output_embeddings(), "weight", None))}
         return sum(one.numel() for one in self._skeleton.parameters() if id(one) not in tables)
 
     @property
@@ -103,6 +118,7 @@ class Teacher:
             "teacher": {
                 "name": name, "config_sha256": digest(content), **weights, "class": type(self._skeleton).__name__,
                 "dtype": _dtype_name(self.dtype), "attention": self.attention, "device": self.device.type,
+                **({"compiled": True} if self._compile else {}),
             },
             "tokenizer": {"name": name, "sha256": tokenizer_sha256(self.tokenizer)},
             "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},

@@ -18,15 +18,22 @@ if TYPE_CHECKING:
 
 
 class Entry(NamedTuple):
-    """Where a task lives, and the teacher outputs it can keep."""
+    """Where a task lives, the teacher outputs it can keep, its usual column of text, and settings that it knows and not
+    every task does."""
 
     module: str
     name: str
     fields: tuple[str, ...]
+    text_column: str | None = None
+    settings: tuple[str, ...] = ()
 
 
+LANGUAGE_MODEL_SETTINGS = (
+    "top_k_logits", "top_p", "temperatures", "sampled_logits", "sample_temperature", "packing", "positions", "budget",
+)  # fmt: skip
 TASKS = {
-    "text-classification": Entry("text_classification", "TextClassification", ("logits",)),
+    "text-classification": Entry("text_classification", "TextClassification", ("logits",), "text"),
+    "causal-lm": Entry("causal_lm", "CausalLM", ("logits",), settings=LANGUAGE_MODEL_SETTINGS),
 }
 
 
@@ -40,7 +47,8 @@ class Samples:
     """The rows of one shard, tokenised. n rows; S of a row is its number of tokens.
 
     lengths: {"S": int64 [n]}. values: what is stored as it is, by column: [n, *shape], or flat [sum of S, ...].
-    content_hash: uint8 [n, 16]. source_index: int64 [n], the source row of each.
+    content_hash: uint8 [n, 16]. source_index: int64 [n], the source row of each. view: int32 [n], which of the rows of
+    one source row; None where there is one of each.
     notes: counts worth telling, such as {"truncated": 12}.
     """
 
@@ -49,6 +57,7 @@ class Samples:
     content_hash: np.ndarray
     source_index: np.ndarray
     notes: dict[str, int] = field(default_factory=dict)
+    view: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.source_index)
@@ -94,8 +103,15 @@ class Task(Protocol):
     def collate(self, samples: Samples, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Model inputs of a batch, right-padded: {"input_ids": int64 [B, Smax], "attention_mask": ..., ...}."""
 
+    def forward(self, model: Any, inputs: dict[str, Any], samples: Samples, rows: np.ndarray) -> dict[str, Any]:
+        """A batch through the teacher: tensors on its device, by name, such as {"logits": [B, C]}.
+
+        Language models take one argument more, `kept`: what is done with the logits of each position, by default the
+        task's own `token_logits`; the pilot gives its own to see them whole (fidelity.py).
+        """
+
     def outputs(self, samples: Samples, rows: np.ndarray, captured: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Columns of a batch from what the teacher gave (float arrays, {"logits": [B, C]}), by name.
+        """Columns of a batch from what `forward` gave, as numpy arrays (float32, or whole numbers), by name.
 
         A field of shape ("*",) is a list of B arrays.
         """

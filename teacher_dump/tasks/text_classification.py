@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,11 +14,11 @@ from ..data import SourceData, check_columns
 from ..label_names import agree, teacher_names
 from ..labels import MULTI, REGRESSION, SINGLE, Labels, class_names, is_list
 from ..teacher import Teacher
+from ..texts import check_text, chunks, flat
 from . import Samples
 
 TOKEN_TYPES = "token_type_ids"
 _REAL_SUMMARIES = ("confidence", "entropy", "loss")
-_CHUNK = 2000  # rows that are Python strings at one time
 
 
 class TextClassification:
@@ -54,22 +52,12 @@ class TextClassification:
 
     def check(self, split: str, start: int, rows: pa.Table) -> None:
         for name in self.texts:
-            column = rows.column(name)
-            if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-                kind = "null" if pa.types.is_null(column.type) else column.type
-                raise DataError(
-                    f"split {split}, column {name!r}: text expected; got {kind}: choose another --text-column"
-                )
-            if column.null_count:
-                row = start + int(np.asarray(column.combine_chunks().is_null()).argmax())
-                raise DataError(
-                    f"split {split}, row {row}: column {name!r} is null; text expected: fill it or drop the row"
-                )
+            check_text(split, start, rows, name)
         if self.label_column in rows.column_names:
             self.labels.check(rows.column(self.label_column), split, start)
 
     def prepare(self, split: str, source_index: np.ndarray, rows: pa.Table) -> Samples:
-        made = [self._tokenize(chunk) for chunk in _chunks(rows.select(self.texts), _CHUNK)]
+        made = [self._tokenize(chunk) for chunk in chunks(rows.select(self.texts))]
         lengths, ids, types, hashes, truncated = (list(column) for column in zip(*made, strict=True))
         count = np.concatenate(lengths)
         if (count == 0).any():
@@ -88,6 +76,9 @@ class TextClassification:
         if self.types:
             inputs[TOKEN_TYPES] = samples.padded(TOKEN_TYPES, rows, self.tokenizer.pad_token_type_id)
         return inputs
+
+    def forward(self, model: Any, inputs: dict[str, Any], samples: Samples, rows: np.ndarray) -> dict[str, Any]:
+        return {"logits": model(**inputs).logits}
 
     def outputs(self, samples: Samples, rows: np.ndarray, captured: dict[str, np.ndarray]) -> dict[str, Any]:
         logits, labels = captured["logits"], samples.values[LABELS][rows]
@@ -124,14 +115,11 @@ class TextClassification:
         texts = [rows.column(name).to_pylist() for name in self.texts]
         encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_length, return_attention_mask=False,
                                  return_token_type_ids=self.types)  # fmt: skip
-        ids = encoded[INPUT_IDS]
-        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-        flat = np.fromiter(itertools.chain.from_iterable(ids), np.int32, lengths.sum())
-        types = itertools.chain.from_iterable(encoded[TOKEN_TYPES] if self.types else ())
-        flat_types = np.fromiter(types, np.int8, lengths.sum() if self.types else 0)
+        lengths, ids = flat(encoded[INPUT_IDS])
+        _, types = flat(encoded[TOKEN_TYPES] if self.types else [], np.int8)
         whole = encoded.encodings
         cut = sum(bool(one.overflowing) for one in whole) if whole else int((lengths == self.max_length).sum())
-        return lengths, flat, flat_types, b"".join(map(content_hash, zip(*texts, strict=True))), cut
+        return lengths, ids, types, b"".join(map(content_hash, zip(*texts, strict=True))), cut
 
 
 def _label_column(config: DumpConfig, source: SourceData) -> str | None:
@@ -151,10 +139,6 @@ def _problem_type(config: DumpConfig, teacher: Teacher, feature: Any) -> str:
             "single_label_classification two or more; see --problem-type"
         )
     return kind
-
-
-def _chunks(rows: pa.Table, size: int) -> Iterator[pa.Table]:
-    return (rows.slice(start, size) for start in range(0, len(rows), size))
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
