@@ -1,18 +1,21 @@
-"""Text that every Python installation has: the source of the standard library, labelled by the package it is from.
+"""Text that every Python installation has: the source of the standard library.
 
-A row is a few consecutive lines of one module. Whole modules go to one side: to training or to validation; rows of
-validation that share most of their lines with training rows (copied helpers, twins for two platforms) are
-dropped. Nothing is random: the same Python gives the same rows.
+A row is a few consecutive lines of one module, labelled by the package it is from (`passages`), or somewhat longer and
+as they stand (`code`). Whole modules go to one side: to training or to validation; rows of validation that share most
+of their lines with training rows (copied helpers, twins for two platforms) are dropped. Nothing is random: the same
+Python gives the same rows.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 FAMILIES = {
     "asyncio": ("asyncio",),
@@ -24,17 +27,38 @@ FAMILIES = {
     "imports": ("importlib",),
 }
 SKIPPED = {"test", "tests", "__pycache__", "_vendor"}
-WORDS = (16, 48)  # a row holds at least and about this many words
+WORDS = (16, 48)  # a passage holds at least and about this many words
+CODE_WORDS = (16, 72)
 SHARED_LINES = 0.5  # of a validation row's lines, when it counts as a near copy
 _WORD = re.compile(r"[A-Za-z_]+")
 
 
-def rows(validation_share: float = 0.2) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+Rows = list[dict[str, str]]
+
+
+def passages() -> tuple[Rows, Rows]:
     """(training rows, validation rows), each {"text", "label", "module"}; label is the name of a family."""
-    sides: list[list[dict[str, str]]] = [[], []]
+    return _sides(0.2, _passages)
+
+
+def code() -> tuple[Rows, Rows]:
+    """The same of source as it stands, indentation and imports included."""
+    return _sides(0.1, _code)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _sides(validation_share: float, cut: Callable[[Path], Iterator[str]]) -> tuple[Rows, Rows]:
+    sides: list[Rows] = [[], []]
     for family, names in FAMILIES.items():
         modules = sorted(_files(names), key=lambda found: hashlib.sha256(found[0].encode()).digest())
-        texts = [(module, list(_passages(path))) for module, path in modules]
+        texts = [(module, list(cut(path))) for module, path in modules]
         held, wanted = 0, validation_share * sum(len(passages) for _, passages in texts)
         for module, passages in texts:
             is_held = held + len(passages) <= wanted * 1.1
@@ -71,6 +95,22 @@ def _passages(path: Path) -> Iterator[str]:
             kept.append(line.strip())
             count += words
     if count >= WORDS[0]:
+        yield "\n".join(kept)
+
+
+def _code(path: Path) -> Iterator[str]:
+    """Consecutive lines, cut before a definition or a line without indentation once they hold half the words."""
+    kept: list[str] = []
+    count = 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        starts = line.lstrip().startswith(("def ", "class ", "async def ", "@")) or line[:1].strip()
+        if count >= CODE_WORDS[1] or (count >= CODE_WORDS[1] // 2 and starts):
+            yield "\n".join(kept)
+            kept, count = [], 0
+        if line.strip():
+            kept.append(line.rstrip())
+            count += len(_WORD.findall(line))
+    if count >= CODE_WORDS[0]:
         yield "\n".join(kept)
 
 

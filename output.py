@@ -159,6 +159,20 @@ def plan_page(stream: TextIO, found: Mapping[str, Any]) -> None:
         "time": f"{found['seconds']:,.0f} s, from a pilot",
         "free on disk": format_size(found["free_bytes"]),
     })  # fmt: skip
+    if found.get("candidates"):
+        names = ("logits kept", "bytes a token", "size", "mass", "KL", "KL at T=2", "with its log-sum-exp", "")
+        stream.write("\n")
+        write_table(stream, names, [_candidate_row(one, found["chosen"]) for one in found["candidates"]])
+        stream.write("\nKL: from the teacher's distribution to what can be made of it, nats a token, on pilot rows.\n")
+
+
+def _candidate_row(one: Mapping[str, Any], chosen: str | None) -> list[Any]:
+    measured = [one[name] for name in ("kl", "kl_at_2", "kl_at_2_with_logsumexp")]
+    return [
+        one["name"], f"{one['bytes_per_token']:,.1f}", format_size(one["bytes"]), f"{one['mass']:.1%}",
+        *("-" if value is None else f"{value:.3g}" for value in measured),
+        "chosen" if one["name"] == chosen else "",
+    ]  # fmt: skip
 
 
 def verify_page(stream: TextIO, found: Mapping[str, Any]) -> None:
@@ -177,10 +191,9 @@ def metrics_page(stream: TextIO, found: Mapping[str, Any]) -> None:
 
 
 def quickstart_page(stream: TextIO, found: Mapping[str, Any]) -> None:
-    from .quickstart import COLUMNS, told
-
-    write_table(stream, COLUMNS, ([row.get(name) for name in COLUMNS] for row in found["table"]))
-    stream.write("\n" + told(found) + "\n")
+    names = found["columns"]
+    write_table(stream, names, ([row.get(name) for name in names] for row in found["table"]))
+    stream.write("\n" + found["told"] + "\n")
 
 
 # ---- query ----

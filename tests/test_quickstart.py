@@ -17,7 +17,7 @@ from predistill.store.errors import ConfigError
 
 @pytest.fixture(scope="module")
 def sides() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    return corpus.rows()
+    return corpus.passages()
 
 
 def test_text_is_labelled_and_ample(sides: tuple[list[dict[str, str]], ...]) -> None:
@@ -31,7 +31,7 @@ def test_text_is_labelled_and_ample(sides: tuple[list[dict[str, str]], ...]) -> 
 
 
 def test_the_same_python_gives_the_same_rows(sides: tuple[list[dict[str, str]], ...]) -> None:
-    assert corpus.rows() == sides
+    assert corpus.passages() == sides
 
 
 def test_no_module_and_no_near_copy_is_on_both_sides(sides: tuple[list[dict[str, str]], ...]) -> None:
@@ -57,7 +57,7 @@ def test_the_story_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         "student, 50 labels",
         "student, the same and the teacher",
     ]
-    assert all(set(row) == set(quickstart.COLUMNS) for row in made["table"])
+    assert all(set(row) == set(made["columns"]) for row in made["table"])
     assert made["table"][0]["parameters"] > made["table"][1]["parameters"] == made["table"][2]["parameters"]
     assert json.loads((folder / "quickstart.json").read_text()) == json.loads(json.dumps(made))
     with TeacherStore.open(folder / "store") as store:
