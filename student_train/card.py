@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from .losses.terms import Term
 from .settings import DistillationSettings
+from .tasks import Task
 
 PROVENANCE, METRICS, CARD = "predistill.json", "metrics.json", "README.md"
 
@@ -39,12 +40,11 @@ Not evaluated.
 ```python
 from transformers import pipeline
 
-classify = pipeline("text-classification", model="path/to/this/folder")
-classify("…")
+{{ usage | join("\n") }}
 ```
-
-Labels: {{ labels }}.
-
+{% for note in notes %}
+{{ note }}
+{% endfor %}
 ## Training
 
 | term | loss | weight | temperature | options |
@@ -91,11 +91,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def model_card(made: Mapping[str, Any], metrics: Mapping[str, Any], labels: Sequence[str], title: str) -> ModelCard:
-    """A card for the Hub, from what `provenance` returned and the run's metrics."""
+def model_card(
+    made: Mapping[str, Any], metrics: Mapping[str, Any], task: Task, notes: Sequence[str], title: str
+) -> ModelCard:
+    """A card for the Hub, from what `provenance` returned and the run's metrics. notes: of the task, on the student."""
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-classification",
+        pipeline_tag=task.pipeline,
         tags=["knowledge-distillation", "predistill"],
     )
     teachers = [(store["teacher"] or {}).get("name") for store in made["stores"]]
@@ -108,7 +110,7 @@ def model_card(made: Mapping[str, Any], metrics: Mapping[str, Any], labels: Sequ
         rows=f"{made['rows']:,}", where=made["settings"]["where"],
         parameters=f"{metrics['student_parameters']:,}", student=_public(made["student"]["source"]),
         teacher=", ".join(f"`{_public(name)}`" for name in teachers if name) or "a teacher",
-        labels=", ".join(f"`{label}`" for label in labels),
+        usage=task.usage, notes=notes,
         versions=", ".join(f"{name} {number}" for name, number in made["versions"].items()),
     )  # fmt: skip
 

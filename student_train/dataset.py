@@ -15,8 +15,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..store.reader import TeacherRows
-from ..store.schema import LABELS, LOGITS
-from .losses.terms import MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
 from .sampler import EvaluationBatchSampler, TrainBatchSampler
 
 
@@ -28,21 +26,6 @@ def is_store_rows(dataset: Any) -> bool:
 def narrowed(rows: Any, fields: Sequence[str]) -> Any:
     """The same rows with inputs, labels and those of `fields` that are stored; no other column is read."""
     return rows.with_fields(fields) if isinstance(rows, TeacherRows) else rows.narrowed(fields)
-
-
-def problem_type_of(store: Any) -> str:
-    """The kind of head that made a store's logits, as transformers' configs name it.
-
-    Told by the shape of the labels where the dump did not say.
-    """
-    if store.settings.get("problem_type") in PROBLEM_TYPES:
-        return store.settings["problem_type"]
-    labels = store.fields.get(LABELS)
-    if labels is None:
-        return REGRESSION if store.fields[LOGITS].shape == (1,) else SINGLE_LABEL
-    if labels.dtype.startswith("int"):
-        return SINGLE_LABEL
-    return MULTI_LABEL if labels.shape else REGRESSION
 
 
 class StoreDataLoader(DataLoader):

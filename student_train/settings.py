@@ -31,10 +31,13 @@ class DistillationSettings:
     )
     loss: str = _setting(
         DEFAULT_LOSS,
-        "Loss between the logits of both, its options after a colon, as in jsd:beta=0.5 or kl:standardize.",
+        "Loss between the logits of both, its options after a colon, as in jsd:beta=0.5, kl:standardize or, where "
+        "only the largest logits are stored, kl:tail=renormalize.",
     )
     temperature: float | None = _setting(
-        None, "Softens both sides of the teacher's part, whose loss is multiplied by its square. Default: 2."
+        None,
+        "Softens both sides of the teacher's part, whose loss is multiplied by its square. Default: 2; 1 for "
+        "language models.",
     )
     alpha: float | None = _setting(
         None,
@@ -69,11 +72,11 @@ class DistillationSettings:
             raise ConfigError(f"--shuffle is one of {', '.join(SHUFFLES)}; got {self.shuffle!r}")
         self.terms()
 
-    def terms(self) -> tuple[Term, ...]:
-        """The weighted terms of the loss; terms of weight 0 are left out."""
-        return (*self._mixture(), *self._pseudo_labels())
+    def terms(self, temperature: float = DEFAULT_TEMPERATURE) -> tuple[Term, ...]:
+        """The weighted terms of the loss; terms of weight 0 are left out. temperature: where none is asked for."""
+        return (*self._mixture(temperature), *self._pseudo_labels())
 
-    def _mixture(self) -> tuple[Term, ...]:
+    def _mixture(self, default: float) -> tuple[Term, ...]:
         term = parse_loss(self.loss)
         if term.weight != 1:
             raise ConfigError(f"--loss {self.loss}: the teacher's part is weighed by --alpha, not by weight=")
@@ -83,7 +86,7 @@ class DistillationSettings:
             if term != parse_loss(DEFAULT_LOSS):
                 raise ConfigError(f"--preset {self.preset} has a loss of its own; leave out --loss")
             return PRESETS[self.preset](temperature=self.temperature, alpha=self.alpha)
-        temperature = term.temperature or self.temperature or DEFAULT_TEMPERATURE
+        temperature = term.temperature or self.temperature or default
         alpha = DEFAULT_ALPHA if self.alpha is None else self.alpha
         return mixture(alpha, replace(term, temperature=temperature))
 

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig
 
-from ..store.errors import ConfigError, DataError
+from ..store.errors import ConfigError
 from ..store.identity import weights_sha256
-from ..store.schema import LOGITS
-from .dataset import problem_type_of
 from .settings import FROM_TEACHER_LAYERS, TrainConfig
+from .tasks import Task, task_of
 from .tokens import check_vocabulary, store_tokenizer, student_tokenizer
 
 _NUMBERED = re.compile(r"^(?P<prefix>.+?)\.(?P<number>\d+)\.(?P<rest>.+)$")
@@ -43,52 +43,41 @@ def build_student(config: TrainConfig, store: Any) -> Student:
 
     Raises ConfigError or DataError for a student that cannot learn from this store.
     """
-    labels = label_settings(store)
+    task = task_of(store)
     if config.student is not None and config.student.startswith(FROM_TEACHER_LAYERS):
         layers = parse_layers(config.student)
         folder = teacher_folder(config, store)
-        student = Student(from_teacher_layers(folder, layers, labels), store_tokenizer(store), config.student)
+        student = Student(from_teacher_layers(folder, layers, task), store_tokenizer(store), config.student)
     elif config.student is not None:
         tokenizer, differs = student_tokenizer(config.student, store)
-        student = Student(pretrained(config.student, labels), tokenizer, config.student, differs)
+        student = Student(pretrained(config.student, task), tokenizer, config.student, differs)
     else:
         tokenizer = store_tokenizer(store)
-        model = from_config(str(config.student_config), labels, tokenizer)
+        model = from_config(str(config.student_config), task, tokenizer)
         student = Student(model, tokenizer, str(config.student_config))
     check_vocabulary(student.model, student.tokenizer)
+    task.check_student(student.model)
     return student
 
 
-def label_settings(store: Any) -> dict[str, Any]:
-    """num_labels, id2label, label2id and problem_type of a config, as the store's teacher has them."""
-    if LOGITS not in store.fields:
-        raise ConfigError(f"{store.path} has no {LOGITS}, but {', '.join(store.fields)}: dump --fields logits")
-    count = int(store.fields[LOGITS].shape[-1])
-    names = store.label_names or [f"LABEL_{number}" for number in range(count)]
-    return {
-        "num_labels": count,
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: number for number, name in enumerate(names)},
-        "problem_type": problem_type_of(store),
-    }
+def auto_class(task: Task) -> Any:
+    return getattr(transformers, task.model_class)
 
 
 # ---- from the Hub, a folder or a config ----
 
 
-def pretrained(name: str, labels: Mapping[str, Any]) -> nn.Module:
-    """Weights of a Hub id or folder; a head that was trained for another number of labels is refused."""
+def pretrained(name: str, task: Task) -> nn.Module:
+    """Weights of a Hub id or folder. Raises ConfigError or DataError where they have no place in such a model."""
     config = read_config(name)
-    heads = [one for one in config.architectures or [] if one.endswith("ForSequenceClassification")]
-    if heads and config.num_labels != labels["num_labels"]:
-        raise DataError(
-            f"student {name} has a head of {config.num_labels} labels, the store's teacher has "
-            f"{labels['num_labels']}: give a student of as many labels, or one without a head"
-        )
-    for key, value in labels.items():
+    task.check_config(name, config)
+    for key, value in task.settings.items():
         if key != "num_labels":
             setattr(config, key, value)
-    return AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=torch.float32)
+    try:
+        return auto_class(task).from_pretrained(name, config=config, dtype=torch.float32)
+    except ValueError as error:
+        raise ConfigError(f"student {name} cannot be a {task.model_class}: {first_line(error)}") from None
 
 
 def read_config(name: str) -> Any:
@@ -100,8 +89,8 @@ def read_config(name: str) -> Any:
         ) from None
 
 
-def from_config(path: str, labels: Mapping[str, Any], tokenizer: Any) -> nn.Module:
-    """Random weights. A config without vocab_size gets the tokenizer's, and its pad token."""
+def from_config(path: str, task: Task, tokenizer: Any) -> nn.Module:
+    """Random weights. A config without vocab_size gets the tokenizer's, and its special tokens."""
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     try:
         settings = json.loads(file.read_text())
@@ -112,11 +101,12 @@ def from_config(path: str, labels: Mapping[str, Any], tokenizer: Any) -> nn.Modu
         raise ConfigError(f"--student-config {path}: JSON with a model_type expected; {error}") from None
     if tokenizer is not None:
         settings.setdefault("vocab_size", len(tokenizer))
-        if tokenizer.pad_token_id is not None:
-            settings.setdefault("pad_token_id", tokenizer.pad_token_id)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(tokenizer, name, None) is not None:
+                settings.setdefault(name, getattr(tokenizer, name))
     try:
-        config = AutoConfig.for_model(kind, **{**settings, **labels})
-        return AutoModelForSequenceClassification.from_config(config)
+        config = AutoConfig.for_model(kind, **{**settings, **task.settings})
+        return auto_class(task).from_config(config)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"--student-config {path}: {first_line(error)}") from None
 
@@ -170,7 +160,7 @@ def from_hub(name: str) -> Path:
         ) from None
 
 
-def from_teacher_layers(folder: Path, layers: Sequence[int], labels: Mapping[str, Any]) -> nn.Module:
+def from_teacher_layers(folder: Path, layers: Sequence[int], task: Task) -> nn.Module:
     """The teacher's architecture with some of its blocks, their weights, its embeddings and its head."""
     config = AutoConfig.from_pretrained(folder)
     depth = config.num_hidden_layers
@@ -180,11 +170,11 @@ def from_teacher_layers(folder: Path, layers: Sequence[int], labels: Mapping[str
     for key, value in settings.items():  # settings of each layer, as layer_types
         if isinstance(value, list) and len(value) == depth:
             settings[key] = [value[layer - 1] for layer in layers]
-    smaller = type(config).from_dict({**settings, **labels})
+    smaller = type(config).from_dict({**settings, **task.settings})
     smaller.num_hidden_layers = len(layers)
     state = layer_state(folder, layers, depth)
     with torch.device("meta"):
-        kind = type(AutoModelForSequenceClassification.from_config(smaller))
+        kind = type(auto_class(task).from_config(smaller))
     return kind.from_pretrained(None, config=smaller, state_dict=state, dtype=torch.float32)
 
 

@@ -45,10 +45,12 @@ def load_tokenizer(name: str) -> Any:
 
 
 def tokenizer_difference(store: Any, tokenizer: Any) -> str:
-    """ "tokenizer differs: store a1b2…, student c3d4… (vocabulary 30522 / 28996, normalizer)"."""
+    """ "tokenizer differs: store a1b2…, student c3d4… (vocabularies of 30522 and 28996 tokens, normalizer)"."""
     stored = store_tokenizer(store)
     ours, theirs = tokenizer_content(stored), tokenizer_content(tokenizer)
     parts = [part for part in {**ours, **theirs} if part != "model" and ours.get(part) != theirs.get(part)]
+    left, right = (one["model"] if isinstance(one.get("model"), Mapping) else {} for one in (ours, theirs))
+    parts += [part for part in {**left, **right} if part != "vocab" and left.get(part) != right.get(part)]
     if stored.get_vocab() != tokenizer.get_vocab():
         parts.insert(0, f"vocabularies of {len(stored)} and {len(tokenizer)} tokens")
     return (
@@ -68,9 +70,9 @@ def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
         )
 
 
-def check_positions(model: nn.Module, longest: int) -> None:
-    """Raises DataError where the longest row has more tokens than the student has position embeddings."""
-    limit = position_limit(model)
+def check_positions(model: nn.Module, longest: int, limit: int | None = None) -> None:
+    """Raises DataError where the longest row has more tokens than `limit`: by default its position embeddings."""
+    limit = limit or position_limit(model)
     if limit is not None and longest > limit:
         raise DataError(
             f"the student reads at most {limit} tokens, the longest row has {longest}: "

@@ -15,18 +15,16 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..store.errors import ConfigError, StoreMismatch
 from ..store.identity import canonical, short
-from ..store.reader import TeacherRows, TeacherStore
-from ..store.schema import LOGITS
+from ..store.reader import TeacherStore
 from .card import CARD, METRICS, PROVENANCE, model_card, provenance, write_json
 from .collator import DataCollatorForDistillation
 from .config import DistillationConfig
-from .dataset import ConcatRows, problem_type_of
-from .metrics import compute_metrics_for
-from .objective import Objective, unlabelled
+from .dataset import ConcatRows
+from .objective import Objective
 from .progress import quiet_stdout, show_progress
 from .settings import DistillationSettings, TrainConfig
-from .students import Student, build_student, label_settings
-from .tokens import check_positions, retokenized
+from .students import Student, build_student
+from .tasks import Task, task_of
 from .trainer import DistillationTrainer
 
 
@@ -42,11 +40,12 @@ def train(settings: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
     checkpoint = prepare_folder(config, output)
 
     stores = open_stores(config.stores)
+    task = task_of(stores[0])
     evaluated = evaluation_split(config, stores)
     args = training_arguments(config, evaluated)
     set_seed(args.seed)
     student = build_student(config, stores[0])
-    objective = Objective(config.terms(), problem_type_of(stores[0]), label_settings(stores[0])["num_labels"])
+    objective = task.objective(config.terms(task.temperature))
     train_rows = select(config, stores, student, objective, config.train_split, config.where)
     eval_rows = select(config, stores, student, objective, evaluated) if evaluated else None
 
@@ -61,7 +60,7 @@ def train(settings: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
     trainer = DistillationTrainer(
         model=student.model, args=args, objective=objective, train_dataset=train_rows, eval_dataset=eval_rows,
         processing_class=student.tokenizer, data_collator=DataCollatorForDistillation(pad or 0),
-        compute_metrics=compute_metrics_for(objective.problem_type),
+        compute_metrics=task.compute_metrics,
     )  # fmt: skip
     show_progress(trainer)
     metrics: dict[str, Any] = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
@@ -69,7 +68,7 @@ def train(settings: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
         metrics |= final_evaluation(trainer)
     metrics["student_parameters"] = sum(one.numel() for one in student.model.parameters())
     metrics["output_dir"] = str(output)
-    save(trainer, output, made, metrics)
+    save(trainer, task, output, made, metrics)
     for store in stores:
         store.close()
     if torch.distributed.is_initialized() and not grouped:  # gloo's threads abort a process that ends beside them
@@ -152,8 +151,7 @@ def open_stores(paths: Sequence[str]) -> list[TeacherStore]:
     """Raises StoreMismatch where several stores cannot be read one after another."""
     stores = [TeacherStore.open(path) for path in paths]
     first = stores[0]
-    if first.task != "text-classification":
-        raise ConfigError(f"{first.path} is for task {first.task}; predistill trains text-classification")
+    columns = task_of(first).columns
     for other in stores[1:]:
         for what, ours, theirs in (
             ("task", first.task, other.task),
@@ -163,7 +161,7 @@ def open_stores(paths: Sequence[str]) -> list[TeacherStore]:
                 other.identity.get("tokenizer", {}).get("sha256"),
             ),
             ("label names", first.label_names, other.label_names),
-            ("inputs and logits", _columns(first), _columns(other)),
+            ("inputs and logits", _shapes(first, columns), _shapes(other, columns)),
         ):
             if canonical(ours) != canonical(theirs):
                 raise StoreMismatch(
@@ -173,9 +171,10 @@ def open_stores(paths: Sequence[str]) -> list[TeacherStore]:
     return stores
 
 
-def _columns(store: TeacherStore) -> dict[str, Any]:
+def _shapes(store: TeacherStore, columns: Sequence[str]) -> dict[str, Any]:
+    """Of inputs, labels and these teacher columns."""
     roles = ("input", "label")
-    return {name: spec.shape for name, spec in store.fields.items() if spec.role in roles or name == LOGITS}
+    return {name: spec.shape for name, spec in store.fields.items() if spec.role in roles or name in columns}
 
 
 def evaluation_split(config: TrainConfig, stores: Sequence[TeacherStore]) -> str | None:
@@ -197,38 +196,22 @@ def select(
     config: TrainConfig, stores: Sequence[TeacherStore], student: Student, objective: Objective, split: str,
     where: str | None = None,
 ) -> Any:  # fmt: skip
-    """Rows of one split of all stores, in the student's tokens; to train on labels only, those that have one."""
-    training = split == config.train_split
+    """Rows of one split of all stores, in the student's tokens; to train on, those that the loss can learn from."""
+    training, task = split == config.train_split, task_of(stores[0])
     parts = []
     for store in stores:
-        rows = store.select(split=split, where=where, fields=objective.fields if training else [LOGITS])
-        if training and not objective.fields:
-            rows = with_labels(rows, objective)
+        rows = store.select(split=split, where=where, fields=[])
+        rows = rows.with_fields(objective.fields if training else objective.evaluation_fields)
+        if training:
+            rows = task.learnable(rows, objective)
         if not len(rows):
             reason = f"--where {where!r} keeps" if where else "there are"
             raise ConfigError(f"{store.path}: {reason} no rows of split {split} that the loss can learn from")
-        parts.append(retokenize(config, rows, student) if student.retokenize else rows)
-    check_positions(student.model, max(int(part.lengths.max()) for part in parts))
+        parts.append(task.retokenized(rows, student.tokenizer, config.text_column) if student.retokenize else rows)
+    task.check_rows(student.model, max(int(part.lengths.max()) for part in parts))
     if len(parts) == 1:
         return parts[0]
     return ConcatRows(parts, {name: spec.pad for name, spec in stores[0].fields.items()})
-
-
-def with_labels(rows: TeacherRows, objective: Objective) -> TeacherRows:
-    """The rows that have a label."""
-    labels = torch.as_tensor(rows.column("labels")) if "labels" in rows.store.fields else None
-    if labels is None:
-        raise ConfigError(f"{rows.store.path} has no labels to train on; give --alpha above 0")
-    free = unlabelled({"labels": labels}, objective.problem_type, objective.num_labels)
-    kept = (~free).any(-1).numpy()
-    return rows if kept.all() else TeacherRows(rows.store, rows.sample_ids[kept], rows.specs, rows.split)
-
-
-def retokenize(config: TrainConfig, rows: TeacherRows, student: Student) -> Any:
-    asked = rows.store.settings
-    dumped = [asked.get("text_column"), asked.get("text_pair_column")]
-    columns = [config.text_column] if config.text_column else dumped
-    return retokenized(rows, student.tokenizer, [one for one in columns if one], asked.get("max_length"))
 
 
 # ---- training and saving ----
@@ -256,7 +239,9 @@ def final_evaluation(trainer: DistillationTrainer) -> dict[str, float]:
     return trainer.evaluate()
 
 
-def save(trainer: DistillationTrainer, output: Path, made: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+def save(
+    trainer: DistillationTrainer, task: Task, output: Path, made: Mapping[str, Any], metrics: Mapping[str, Any]
+) -> None:
     trainer.save_model(str(output))
     trainer.save_state()
     if not trainer.is_world_process_zero():
@@ -264,5 +249,5 @@ def save(trainer: DistillationTrainer, output: Path, made: Mapping[str, Any], me
     (output / "training_args.bin").unlink(missing_ok=True)  # a pickle; predistill.json says the same
     write_json(output / METRICS, metrics)
     write_json(output / PROVENANCE, made)
-    labels = list(trainer.accelerator.unwrap_model(trainer.model).config.id2label.values())
-    model_card(made, metrics, labels, output.resolve().name).save(output / CARD)
+    notes = task.card_notes(trainer.accelerator.unwrap_model(trainer.model).config)
+    model_card(made, metrics, task, notes, output.resolve().name).save(output / CARD)

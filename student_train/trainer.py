@@ -20,24 +20,23 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..store.errors import ConfigError, PredistillError
-from ..store.schema import LABELS, LOGITS
+from ..store.schema import LABELS
 from .collator import DataCollatorForDistillation
 from .config import DistillationConfig
-from .dataset import StoreDataLoader, is_store_rows, narrowed, problem_type_of
-from .losses.terms import REGRESSION, SINGLE_LABEL
-from .metrics import agreement
+from .dataset import StoreDataLoader, is_store_rows, narrowed
 from .objective import Objective
 from .sampler import EvaluationBatchSampler, TrainBatchSampler, memory_bytes, window_of
+from .tasks import default_objective
 
 
 class DistillationTrainer(Trainer):
     """Trains a student on rows of a store; everything that a Trainer does works.
 
-    model: any nn.Module that takes (some of) input_ids, attention_mask, token_type_ids by name and returns
-        logits: a tensor, a tuple that starts with it, or something with `.logits`. It is given no labels.
+    model: any nn.Module that takes (some of) input_ids, attention_mask, token_type_ids, position_ids by name and
+        returns logits: a tensor, a tuple that starts with it, or something with `.logits`. It is given no labels.
     train_dataset, eval_dataset: rows of `TeacherStore.select`, of which the columns that the terms need are
         read; any other dataset that has these columns works too, through an ordinary DataLoader.
-    objective: what is minimised; by default the terms of `args`, for the kind of head that made the rows.
+    objective: what is minimised; by default the terms of `args`, for the task of the rows' store.
     """
 
     args: DistillationConfig
@@ -65,19 +64,10 @@ class DistillationTrainer(Trainer):
 
     @functools.cached_property
     def distillation_objective(self) -> Objective:
-        return self._given_objective or Objective(self.args.terms(), *self._head())
-
-    def _head(self) -> tuple[str, int]:
-        """(problem type, number of labels) of the teacher's head; of the student's where there is no store."""
-        datasets: list[Any] = [self.train_dataset, self.eval_dataset]
-        for dataset in datasets:
-            if is_store_rows(dataset):
-                return problem_type_of(dataset.store), int(dataset.store.fields[LOGITS].shape[-1])
-        config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
-        if config is None:
-            raise ConfigError("neither data nor model tells the kind of head; give the trainer an objective")
-        kind = REGRESSION if config.num_labels == 1 else SINGLE_LABEL
-        return config.problem_type or kind, config.num_labels
+        student = self.accelerator.unwrap_model(self.model)
+        return self._given_objective or default_objective(
+            self.args.terms, [self.train_dataset, self.eval_dataset], student
+        )
 
     # ---- loss ----
 
@@ -97,11 +87,11 @@ class DistillationTrainer(Trainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """num_items_in_batch: int64 [terms], counts of the window; None: of this batch alone."""
-        outputs = model(**self._model_inputs(inputs))
-        sums = self.distillation_objective.sums(logits_of(outputs), inputs)
-        counts = self.distillation_objective.counts(inputs) if num_items_in_batch is None else num_items_in_batch
-        self._trained.add(sums.detach() / counts.clamp(min=1))
-        loss = self.distillation_objective.combine(sums, counts)
+        objective = self.distillation_objective
+        counts = objective.counts(inputs) if num_items_in_batch is None else num_items_in_batch
+        with self.accelerator.autocast():
+            loss, sums, outputs = objective.step(model, self._model_inputs(inputs), inputs, counts)
+        self._trained.add(sums / counts.clamp(min=1))
         loss = loss * self.args.world_size  # DDP averages gradients over ranks
         return (loss, outputs) if return_outputs else loss
 
@@ -135,7 +125,9 @@ class DistillationTrainer(Trainer):
     @functools.cached_property
     def _accepted_inputs(self) -> set[str]:
         """Names that the student's forward takes, labels left out; empty where it takes any."""
-        parameters = inspect.signature(self.accelerator.unwrap_model(self.model).forward).parameters
+        student = self.accelerator.unwrap_model(self.model)
+        student = student.get_base_model() if hasattr(student, "get_base_model") else student  # of PEFT's
+        parameters = inspect.signature(student.forward).parameters
         varying = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         named = {name for name, one in parameters.items() if one.kind not in varying}
         open_ended = any(one.kind == one.VAR_KEYWORD for one in parameters.values())
@@ -149,32 +141,21 @@ class DistillationTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """(mean loss of this batch, logits [B, C], labels); evaluation_loop adds up all batches."""
+        """(mean loss of this batch, logits [B, C], labels); evaluation_loop adds up all batches.
+
+        No logits and no labels are given where the task keeps none.
+        """
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            logits = self.distillation_objective.check_logits(logits_of(model(**self._model_inputs(inputs))))
-        loss = self._evaluate_batch(logits, inputs)
-        if prediction_loss_only:
+        rows = self._evaluation_rows(len(next(iter(inputs.values()))))
+        with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
+            found = self.distillation_objective.evaluate(model, self._model_inputs(inputs), inputs, rows)
+        if found.totals is not None:
+            self._evaluated.add(found.totals.detach().cpu().double())
+        loss = None if found.loss is None else found.loss.detach()
+        if prediction_loss_only or found.logits is None:
             return loss, None, None
         labels = inputs.get(LABELS)
-        return loss, logits.detach(), None if labels is None else labels.clone()  # its buffer is reused
-
-    def _evaluate_batch(self, logits: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-        real = self._evaluation_rows(len(logits))
-        inputs = {name: value[:real] for name, value in inputs.items()}
-        if not all(name in inputs for name in self.distillation_objective.fields):
-            return None
-        with torch.no_grad():
-            sums, counts = (
-                self.distillation_objective.sums(logits[:real], inputs),
-                self.distillation_objective.counts(inputs),
-            )
-            found = [torch.zeros_like(sums[0])] * 2
-            if LOGITS in inputs and self.distillation_objective.problem_type != REGRESSION:
-                agreed = agreement(logits[:real], inputs[LOGITS], self.distillation_objective.problem_type)
-                found = [agreed.sum(), torch.full_like(sums[0], agreed.numel())]
-            self._evaluated.add(torch.stack([*sums, *counts.to(sums), *found]).double().cpu())
-        return self.distillation_objective.combine(sums, counts)
+        return loss, found.logits.detach(), None if labels is None else labels.clone()  # its buffer is reused
 
     def _evaluation_rows(self, rows: int) -> int:
         """Rows of this rank's batch that are not filling."""
@@ -188,8 +169,11 @@ class DistillationTrainer(Trainer):
         """Predictions in source order.
 
         The loss and each term have one denominator over all rows, whatever the batches;
-        `{prefix}_teacher_agreement` is how often student and teacher predict the same.
+        `{prefix}_teacher_agreement` is how often student and teacher predict the same. Language models keep losses
+        only: raises ConfigError where compute_metrics waits for their logits.
         """
+        if self.compute_metrics is not None and not self.distillation_objective.keeps_logits:
+            raise ConfigError("compute_metrics would need the logits of every token, which are not kept; leave it out")
         self._evaluated.drain()
         if self.args.world_size > 1 and isinstance(dataloader, StoreDataLoader):
             self.gather_function = functools.partial(gather_real, self.accelerator, dataloader)
@@ -197,23 +181,9 @@ class DistillationTrainer(Trainer):
         metrics = output.metrics or {}
         totals = self._evaluated.drain()
         if totals is not None:
-            found = self._scores(self._over_ranks(totals.to(self.args.device)).cpu())
+            found = self.distillation_objective.scores(self._over_ranks(totals.to(self.args.device)).cpu())
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         return output._replace(metrics=metrics)
-
-    def _scores(self, totals: torch.Tensor) -> dict[str, float]:
-        """totals: [2 * terms + 2], as _evaluate_batch adds them."""
-        terms = len(self.distillation_objective.terms)
-        sums, counts, (agreed, compared) = (
-            totals[:terms],
-            totals[terms : 2 * terms],
-            totals[2 * terms :].tolist(),
-        )
-        found = {"loss": self.distillation_objective.combine(sums, counts).item()}
-        for name, value, count in zip(self.distillation_objective.names, sums.tolist(), counts.tolist(), strict=True):
-            if count:
-                found[f"loss_{name}"] = value / count
-        return {**found, "teacher_agreement": agreed / compared} if compared else found
 
     # ---- data ----
 
@@ -245,9 +215,7 @@ class DistillationTrainer(Trainer):
         return self._evaluation_loader(test_dataset) if rows else super().get_test_dataloader(test_dataset)
 
     def _evaluation_loader(self, rows: Any) -> StoreDataLoader:
-        """The teacher's logits come along wherever they are stored, for the agreement."""
-        args = self.args
-        rows = narrowed(rows, list(dict.fromkeys([*self.distillation_objective.fields, LOGITS])))
+        args, rows = self.args, narrowed(rows, self.distillation_objective.evaluation_fields)
         sampler = EvaluationBatchSampler(
             len(rows), args.eval_batch_size, rank=args.process_index, world_size=args.world_size
         )
@@ -284,15 +252,6 @@ class Totals:
     def drain(self) -> torch.Tensor | None:
         sums, self.sums = self.sums, None
         return sums
-
-
-def logits_of(outputs: Any) -> torch.Tensor:
-    """The logits in whatever a model returns."""
-    if isinstance(outputs, torch.Tensor):
-        return outputs
-    if isinstance(outputs, Mapping):
-        return outputs["logits"]
-    return outputs.logits if hasattr(outputs, "logits") else outputs[0]
 
 
 def gather_real(accelerator: Any, loader: StoreDataLoader, values: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from predistill.store.errors import ConfigError, DataError
 from predistill.student_train.losses.rows import row_loss
 from predistill.student_train.losses.terms import Term
-from predistill.student_train.objective import Objective
 from predistill.student_train.settings import DistillationSettings
+from predistill.student_train.tasks.text_classification import ClassificationObjective as Objective
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 NAN = float("nan")
