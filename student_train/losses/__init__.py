@@ -11,6 +11,7 @@ terms.py     names, options and presets; imports no torch
     parse_loss("jsd:beta=0.5,temperature=2") -> Term
     mixture(alpha, term) -> (labels term of weight 1 - alpha, term of weight alpha)
     check_term(term, problem_type, num_labels) -> None, or ConfigError
+    check_dense(term), check_truncated(term)      can it be computed from all, from some of the teacher's logits?
 rows.py      a Term meets its function
     row_loss(term, student_logits, teacher_logits=None, labels=None, *,
              problem_type="single_label_classification", temperature=1.0) -> (loss [...], valid bool [...]);
@@ -19,14 +20,24 @@ rows.py      a Term meets its function
 logits.py    f(student_logits [..., C], teacher_logits [..., C], *, temperature=1.0) -> [...], T^2 applied
     kl_divergence, reverse_kl_divergence, generalized_jsd(beta=0.5), total_variation, soft_cross_entropy, mse,
     nlp_architect_mse, dkd(labels=None, alpha=1.0, beta=8.0); standardize_logits(logits) -> logits
+divergences.py   the formulas: f(log_q [..., C], log_p [..., C]) -> [...]
 binary.py    the same for multi-label heads, each class a Bernoulli, mean over classes
     binary_kl_divergence, binary_reverse_kl_divergence, binary_generalized_jsd(beta=0.5),
     binary_total_variation, binary_soft_cross_entropy
 labels.py
     label_loss(logits [..., C], labels, problem_type) -> (loss [...], valid bool [...])
     pseudo_label_loss(student_logits, teacher_logits, problem_type, *, threshold=0.0, labels=None) -> the same
+sparse.py    N token positions, V vocabulary, K entries kept of the teacher
+    SparseTargets(indices int64 [N, K], logprobs [N, K], tail_logprob [N])
+    top_k_targets(logits, logsumexp, indices, *, temperature=1.0, logsumexp_at=None, vocabulary) -> SparseTargets
+    sample_targets(indices, counts, draws, ratios=None) -> SparseTargets
+    sparse_loss(term, student_logits [N, V], targets, *, temperature=1.0) -> [N], T^2 applied
+fused.py     head and losses together, no logits [N, V] (chunk.py: a chunk's losses and gradient)
+    TokenTerm(term, coefficient, mask, target)
+    fused_linear_loss(hidden [N, D], weight [V, D], terms, *, bias=None, scale=1.0, softcap=None,
+                      chunk_bytes=None, predictions=False) -> FusedLoss(loss, sums [terms], predictions [N] or None)
 
-A further family (hidden states, attentions, relations, sparse logits) is one file here, one line in
+A further family (hidden states, attentions, relations) is one file here, one line in
 `terms.TERMS` and one in `rows.row_loss`.
 """
 
@@ -36,7 +47,18 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "terms": ("LOGIT_LOSSES", "PRESETS", "TERMS", "LossSpec", "Term", "check_term", "mixture", "parse_loss"),
+    "terms": (
+        "LOGIT_LOSSES",
+        "PRESETS",
+        "TERMS",
+        "LossSpec",
+        "Term",
+        "check_dense",
+        "check_term",
+        "check_truncated",
+        "mixture",
+        "parse_loss",
+    ),
     "rows": ("LOGIT_FUNCTIONS", "row_loss"),
     "labels": ("label_loss", "pseudo_label_loss"),
     "logits": (
@@ -50,6 +72,8 @@ _HOME = {
         "standardize_logits",
         "total_variation",
     ),
+    "sparse": ("SparseTargets", "sample_targets", "sparse_loss", "top_k_targets"),
+    "fused": ("FusedLoss", "TokenTerm", "fused_linear_loss"),
     "binary": (
         "binary_generalized_jsd",
         "binary_kl_divergence",

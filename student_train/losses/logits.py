@@ -7,6 +7,8 @@ agree, else ValueError.
 
 A teacher logit of -inf marks a class that cannot be: it has p = 0, is left out of means over classes, and
 costs the student 100 nats (torch's own floor in BCELoss) in the reverse KL, which would be infinite.
+
+The formulas themselves are in divergences.py.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ import math
 import torch
 from torch import Tensor
 
+from . import divergences
+from .divergences import expected_log_ratio
+
 Temperature = float | Tensor
 
-_IMPOSSIBLE_LOGPROB = -100.0  # nats
 _STANDARDIZE_EPSILON = 1e-7  # of the published formula, added to the standard deviation
 _MISSING_LABEL = -100
 
@@ -28,7 +32,7 @@ def kl_divergence(
 ) -> Tensor:
     """T^2 KL(p || q): [..., C], [..., C] -> [...]. Hinton et al. 2015."""
     log_q, log_p = _log_distributions(student_logits, teacher_logits, temperature)
-    return _squared(temperature, log_q) * _expected_log_ratio(log_p, log_q)
+    return _squared(temperature, log_q) * divergences.kl(log_q, log_p)
 
 
 def reverse_kl_divergence(
@@ -36,8 +40,7 @@ def reverse_kl_divergence(
 ) -> Tensor:
     """T^2 KL(q || p): [..., C], [..., C] -> [...]. MiniLLM (arXiv:2306.08543)."""
     log_q, log_p = _log_distributions(student_logits, teacher_logits, temperature)
-    log_p = log_p.masked_fill(torch.isneginf(log_p), _IMPOSSIBLE_LOGPROB)
-    return _squared(temperature, log_q) * _expected_log_ratio(log_q, log_p)
+    return _squared(temperature, log_q) * divergences.reverse_kl(log_q, log_p)
 
 
 def generalized_jsd(
@@ -48,17 +51,8 @@ def generalized_jsd(
     GKD (arXiv:2306.13649) in TRL's convention: beta 0 is KL(p || q) and beta 1 is KL(q || p), although the
     formula itself goes to 0 at both ends. Raises ValueError for a beta outside [0, 1].
     """
-    if not 0.0 <= beta <= 1.0:
-        raise ValueError(f"beta must be between 0 (forward KL) and 1 (reverse KL), not {beta}")
-    if beta in (0.0, 1.0):
-        limit = reverse_kl_divergence if beta else kl_divergence
-        return limit(student_logits, teacher_logits, temperature=temperature)
     log_q, log_p = _log_distributions(student_logits, teacher_logits, temperature)
-    neither = torch.isneginf(log_q) & torch.isneginf(log_p)
-    log_q, log_p = (each.masked_fill(neither, _IMPOSSIBLE_LOGPROB) for each in (log_q, log_p))
-    log_m = torch.logaddexp(log_q + math.log1p(-beta), log_p + math.log(beta))
-    divergence = beta * _expected_log_ratio(log_p, log_m) + (1.0 - beta) * _expected_log_ratio(log_q, log_m)
-    return _squared(temperature, log_q) * divergence
+    return _squared(temperature, log_q) * divergences.jsd(log_q, log_p, beta=beta)
 
 
 def total_variation(
@@ -66,7 +60,7 @@ def total_variation(
 ) -> Tensor:
     """T^2 sum |p - q| / 2: [..., C], [..., C] -> [...]. DistillKit's tvd."""
     log_q, log_p = _log_distributions(student_logits, teacher_logits, temperature)
-    return _squared(temperature, log_q) * 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+    return _squared(temperature, log_q) * divergences.total_variation(log_q, log_p)
 
 
 def soft_cross_entropy(
@@ -74,8 +68,7 @@ def soft_cross_entropy(
 ) -> Tensor:
     """-T^2 sum p log q: [..., C], [..., C] -> [...]. KL's gradient; its value keeps the teacher's entropy."""
     log_q, log_p = _log_distributions(student_logits, teacher_logits, temperature)
-    p = log_p.exp()
-    return -_squared(temperature, log_q) * (p * torch.where(p > 0, log_q, 0.0)).sum(-1)
+    return _squared(temperature, log_q) * divergences.soft_cross_entropy(log_q, log_p)
 
 
 def mse(student_logits: Tensor, teacher_logits: Tensor, *, temperature: Temperature = 1.0) -> Tensor:
@@ -121,8 +114,8 @@ def dkd(
     target = _one_hot_target(teacher, labels)
     binary_q, others_q = _split_target(student, target)
     binary_p, others_p = _split_target(teacher, target)
-    target_part = _expected_log_ratio(binary_p, binary_q)
-    others_part = _expected_log_ratio(others_p, others_q)
+    target_part = expected_log_ratio(binary_p, binary_q)
+    others_part = expected_log_ratio(others_p, others_q)
     return _squared(temperature, student) * (alpha * target_part + beta * others_part)
 
 
@@ -179,12 +172,6 @@ def _squared(temperature: Temperature, like: Tensor) -> float | Tensor:
     if isinstance(temperature, Tensor):
         return temperature.detach().to(like.dtype).square()
     return temperature**2
-
-
-def _expected_log_ratio(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """sum a (log a - log b): [..., C] -> [...]. Where a is 0 the term is 0, and so is its gradient."""
-    a = log_a.exp()
-    return (a * torch.where(a > 0, log_a - log_b, 0.0)).sum(-1)
 
 
 def _one_hot_target(teacher: Tensor, labels: Tensor | None) -> Tensor:

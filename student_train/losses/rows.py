@@ -70,7 +70,7 @@ def _logit_loss(
     problem_type: str,
     temperature: float,
 ) -> Tensor:
-    options = dict(term.options)
+    options = {name: value for name, value in term.options.items() if name != "tail"}  # all classes are here
     if options.pop("standardize", False):
         student_logits = logits.standardize_logits(student_logits)
         teacher_logits = logits.standardize_logits(teacher_logits)

@@ -30,22 +30,28 @@ class Option:
 
 @dataclass(frozen=True)
 class LossSpec:
-    """One loss: its formula, the heads (transformers' `problem_type`) it is defined for, its options."""
+    """One loss: its formula, the heads (transformers' `problem_type`) it is defined for, its options.
+
+    truncated: is it defined where the teacher's distribution is known at some classes only (sparse.py)?
+    """
 
     formula: str
     heads: tuple[str, ...]
     options: Mapping[str, Option] = field(default_factory=dict)
+    truncated: bool = False
 
+
+TAILS = ("bucket", "renormalize", "ignore")  # what becomes of the classes that were not kept: see sparse.py
 
 _CLASSES = (SINGLE_LABEL, MULTI_LABEL)
 
 # p teacher, q student, both at temperature T; z logits. Every one is times T^2.
 LOGIT_LOSSES: dict[str, LossSpec] = {
-    "kl": LossSpec("KL(p || q); for a regression head the same as mse", PROBLEM_TYPES),
-    "reverse_kl": LossSpec("KL(q || p)", _CLASSES),
-    "jsd": LossSpec("beta KL(p || m) + (1 - beta) KL(q || m)", _CLASSES, {"beta": Option(0.5, 0.0, 1.0)}),
-    "total_variation": LossSpec("sum |p - q| / 2", _CLASSES),
-    "soft_cross_entropy": LossSpec("- sum p log q", _CLASSES),
+    "kl": LossSpec("KL(p || q); for a regression head the same as mse", PROBLEM_TYPES, truncated=True),
+    "reverse_kl": LossSpec("KL(q || p)", _CLASSES, truncated=True),
+    "jsd": LossSpec("beta KL(p || m) + (1 - beta) KL(q || m)", _CLASSES, {"beta": Option(0.5, 0.0, 1.0)}, True),
+    "total_variation": LossSpec("sum |p - q| / 2", _CLASSES, truncated=True),
+    "soft_cross_entropy": LossSpec("- sum p log q", _CLASSES, truncated=True),
     "mse": LossSpec("mean (z_student - z_teacher)^2", PROBLEM_TYPES),
     "dkd": LossSpec(
         "alpha target KL + beta others' KL", (SINGLE_LABEL,), {"alpha": Option(1.0), "beta": Option(8.0)}
@@ -70,8 +76,9 @@ class Term:
 
     name: "labels", "pseudo_labels" or "logits". loss: one of TERMS[name]; empty takes the first of them
     ("kl" for logits). temperature: None means the run's. options: the loss's own, and `standardize` (bool)
-    for any logits loss: z-scores over the classes first. What is left out takes its default. Raises
-    ConfigError.
+    for any logits loss: z-scores over the classes first; `tail` for those that truncated logits allow: "bucket",
+    "renormalize" or "ignore" (sparse.py). What is left out takes its default; a tail that is the default is
+    left out. Raises ConfigError.
     """
 
     name: str
@@ -94,7 +101,8 @@ class Term:
 def parse_loss(text: str) -> Term:
     """`"jsd:beta=0.5,temperature=2"` as a logits Term: a loss of LOGIT_LOSSES, then name=value after a colon.
 
-    Besides the loss's own options: `temperature`, `weight`, `standardize` (alone, or =true / =false).
+    Besides the loss's own options: `temperature`, `weight`, `standardize` (alone, or =true / =false), and
+    `tail=bucket|renormalize|ignore`.
     Hyphens in names are read as underscores. Raises ConfigError.
     """
     loss, _, rest = text.strip().partition(":")
@@ -132,8 +140,25 @@ def check_term(term: Term, problem_type: str, num_labels: int) -> None:
             f"standardize needs a {SINGLE_LABEL} head of 3 classes or more, not {problem_type} "
             f"with {num_labels}: a standardised pair is always ±0.71 and teaches nothing; leave it out"
         )
+    check_dense(term)
     if term.options.get("threshold") and problem_type == REGRESSION:
         raise ConfigError("threshold needs a confidence, which a regression head has not; leave it out")
+
+
+def check_dense(term: Term) -> None:
+    """Raise ConfigError where this term asks for what only truncated logits of a teacher have."""
+    if "tail" in term.options:
+        raise ConfigError(f"tail={term.options['tail']} is for truncated logits; these are whole: leave it out")
+
+
+def check_truncated(term: Term) -> None:
+    """Raise ConfigError where this term cannot be computed from truncated logits of a teacher."""
+    if not TERMS[term.name][term.loss].truncated:
+        fitting = [loss for loss, spec in TERMS[term.name].items() if spec.truncated]
+        instead = f"choose from {_names(fitting)}" if fitting else "leave it out"
+        raise ConfigError(f"loss {term.loss} needs every logit of the teacher, and only some were kept; {instead}")
+    if term.options.get("standardize"):
+        raise ConfigError("standardize needs every logit of the teacher, and only some were kept; leave it out")
 
 
 def tutorial(temperature: float | None = None, alpha: float | None = None) -> tuple[Term, ...]:
@@ -163,7 +188,8 @@ PRESETS: dict[str, Callable[..., tuple[Term, ...]]] = {"tutorial": tutorial, "nl
 
 def _complete(name: str, loss: str, spec: LossSpec, given: Mapping[str, Any]) -> dict[str, Any]:
     """The given options checked, the others at their defaults."""
-    allowed = list(spec.options) + (["standardize"] if name == "logits" else [])
+    own = ["standardize"] * (name == "logits") + ["tail"] * spec.truncated
+    allowed = [*spec.options, *own]
     for option in given:
         if option not in allowed:
             choice = f"its options are {_names(allowed)}" if allowed else "it has none"
@@ -176,11 +202,15 @@ def _complete(name: str, loss: str, spec: LossSpec, given: Mapping[str, Any]) ->
         values["standardize"] = given.get("standardize", False)
         if not isinstance(values["standardize"], bool):
             raise ConfigError(f"standardize must be true or false, not {values['standardize']!r}")
+    if _one_of("tail", given.get("tail", TAILS[0]), TAILS) != TAILS[0]:
+        values["tail"] = given["tail"]
     return values
 
 
-def _value(name: str, text: str | None) -> float | bool:
-    """A number, or true / false; a name standing alone is true."""
+def _value(name: str, text: str | None) -> float | bool | str:
+    """A number, or true / false; a name standing alone is true. A tail is a word."""
+    if name == "tail":
+        return (text or "").lower()
     words = {None: True, "true": True, "false": False}
     key = text.lower() if text else text
     if key in words:
