@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,12 @@ class QuickstartConfig:
         default="predistill-quickstart", metadata={"help": "Folder for all that is made; an earlier quickstart goes."}
     )
     task: str = field(default=TASKS[0], metadata={"help": "Which story.", "choices": TASKS})
-    rows: int = _hidden(5000, "Passages to train on.")
-    labelled: int = _hidden(250, "How many of them keep their label.")
-    validation_rows: int = _hidden(1500, "Passages to evaluate on.")
-    vocabulary: int = _hidden(4000, "Entries of the tokenizer.")
-    teacher_epochs: float = _hidden(5, "Over all rows, with all labels.")
-    student_steps: int = _hidden(600, "Of one batch.")
+    rows: int = _hidden(0, "Rows to train on; here and below 0 leaves it to the story.")
+    labelled: int = _hidden(0, "How many of them keep their label, where rows have labels.")
+    validation_rows: int = _hidden(0, "Rows to evaluate on.")
+    vocabulary: int = _hidden(0, "Entries of the tokenizer.")
+    teacher_epochs: float = _hidden(0, "Over all rows, with all labels.")
+    student_steps: int = _hidden(0, "Of one batch.")
     seeds: tuple[int, ...] = _hidden((1, 2, 3), "Each student is trained once a seed.")
 
 
@@ -83,12 +83,10 @@ def story_of(config: QuickstartConfig, folder: Path) -> Any:
     if config.task not in TASKS:
         raise ConfigError(f"--task is one of {', '.join(TASKS)}; got {config.task!r}")
     if config.task == "causal-lm":
-        from .quickstart_language import LanguageStory
-
-        return LanguageStory(folder, config)
-    from .quickstart_labels import LabelStory
-
-    return LabelStory(folder, config)
+        from .quickstart_language import LanguageStory as Story
+    else:
+        from .quickstart_labels import LabelStory as Story  # type: ignore[assignment]
+    return Story(folder, replace(config, **{name: getattr(config, name) or size for name, size in Story.sizes.items()}))
 
 
 def told(story: Any, made: Mapping[str, Any]) -> str:

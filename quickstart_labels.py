@@ -33,6 +33,10 @@ class LabelStory:
     kinds: Mapping[str, dict[str, Any]] = {"labels": {"alpha": 0.0}, "distilled": {"alpha": 0.9}}
     dump_settings: Mapping[str, Any] = {}
     learning_rate, batch_size = 3e-3, 32
+    sizes: Mapping[str, Any] = {
+        "rows": 5000, "labelled": 250, "validation_rows": 1500, "vocabulary": 4000, "teacher_epochs": 5,
+        "student_steps": 600,
+    }  # fmt: skip
     query = "SELECT label, avg(teacher_entropy) FROM samples GROUP BY label"
 
     def __init__(self, folder: Path, config: QuickstartConfig):

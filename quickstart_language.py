@@ -35,6 +35,9 @@ class LanguageStory:
     }
     dump_settings: Mapping[str, Any] = {"top_k_logits": 32}
     learning_rate, batch_size = 5e-3, 16
+    sizes: Mapping[str, Any] = {
+        "rows": 2000, "validation_rows": 300, "vocabulary": 2000, "teacher_epochs": 3, "student_steps": 250,
+    }  # fmt: skip
     query = "SELECT module, avg(teacher_loss) FROM samples GROUP BY module ORDER BY 2 LIMIT 5"
     names: Mapping[str, str] = {"labels": "student", "distilled": "student with the teacher"}
 
@@ -58,7 +61,7 @@ class LanguageStory:
         return found
 
     def write_data(self) -> dict[str, int]:
-        limits = {"train": self.config.rows, "validation": self.config.validation_rows // 4}
+        limits = {"train": self.config.rows, "validation": self.config.validation_rows}
         counts = {}
         for (split, limit), rows in zip(limits.items(), code(), strict=True):
             chosen = sorted(rows, key=lambda row: hashlib.sha256(row["text"].encode()).digest())[:limit]
@@ -67,20 +70,20 @@ class LanguageStory:
         return counts
 
     def train_teacher(self) -> None:
-        """A byte-level tokenizer and a Llama of 4 layers, 192 wide, saved to folder/teacher."""
+        """A byte-level tokenizer and a Llama of 3 layers, 128 wide, saved to folder/teacher."""
         from transformers import DataCollatorForLanguageModeling, LlamaForCausalLM, set_seed
 
         from .quickstart import fit
 
         texts = [row["text"] for row in read_rows(self.folder / "data/train.jsonl")]
-        tokenizer = train_tokenizer(texts, self.config.vocabulary // 2)
+        tokenizer = train_tokenizer(texts, self.config.vocabulary)
         encoded = tokenizer(texts, truncation=True, max_length=LENGTH - 1)["input_ids"]
         samples = [{"input_ids": [*ids, tokenizer.eos_token_id]} for ids in encoded]
         set_seed(0)
-        model = LlamaForCausalLM(llama(192, 4, tokenizer))
+        model = LlamaForCausalLM(llama(128, 3, tokenizer))
         collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
         fit(model, samples, tokenizer, collator, self.folder / "teacher", self.config.teacher_epochs, 2e-3)
-        llama(64, 2, tokenizer).to_json_file(self.folder / "student.json")
+        llama(64, 1, tokenizer).to_json_file(self.folder / "student.json")
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:

@@ -7,7 +7,10 @@
     dump        dump ÷ bare teacher, ÷ Trainer.predict
     train_step  student step ÷ plain fine-tuning, ÷ teacher in memory; memory
     exactness   offline against online loss and gradient
-    results     students with and without distillation (only when named: an hour)
+    language_codecs   bytes a token against KL, for each way of keeping logits
+    language_step     a language model's step ÷ plain, online and dense; memory
+    results           students with and without distillation (only when named: an hour)
+    language_results  the same of language models (only when named: half an hour)
 
 Teachers, stores and runs are kept in benchmarks/work, or where PREDISTILL_BENCH says (up to 30 GB); data
 comes from PREDISTILL_DATA.
@@ -19,13 +22,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-DEFAULT = ("reader", "cold", "growth", "writer", "exactness", "dump", "train_step")
+DEFAULT = (
+    "reader", "cold", "growth", "writer", "exactness", "dump", "train_step", "language_codecs", "language_step",
+)  # fmt: skip
+NAMED = ("results", "language_results")
 
 
 def main() -> None:
     names = [word for word in sys.argv[1:] if not word.startswith("-")]
     flags = [word for word in sys.argv[1:] if word.startswith("-")]
-    if flags not in ([], ["--quick"]) or not set(names) <= {*DEFAULT, "results"}:
+    if flags not in ([], ["--quick"]) or not set(names) <= {*DEFAULT, *NAMED}:
         sys.exit(__doc__)
     for name in names or DEFAULT:
         print(f"### {name}\n", flush=True)

@@ -35,7 +35,7 @@ STORES: dict[str, dict[str, Any]] = {
     "draws50": {"sampled_logits": 50},
 }
 ARMS = {"labels": "top64", "teacher": "top64", "teacher, k = 8": "top8", "teacher, samples": "draws50"}
-EPOCHS, TEMPERATURE, ALPHA = 5.0, 1.0, 0.9
+EPOCHS, TEMPERATURE, ALPHA = 8.0, 1.0, 0.9
 
 
 class Run(NamedTuple):

@@ -18,9 +18,9 @@ import pyarrow as pa
 from . import schema
 from .codecs import WHOLE_COLUMN, Part, codec_of, parts_of
 from .errors import StoreCorrupt
+from .mapped import MappedShard
 from .rows import BatchRows, Extent
 from .schema import FieldSpec
-from .shard import MappedShard
 
 WIDE = 16 << 10  # bytes a row from which it is copied by itself
 PAGE = 4096  # bytes; buffers begin on a page: a copy to 16 bytes past its source, modulo a page, runs 6 times slower

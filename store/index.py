@@ -17,7 +17,8 @@ import pyarrow as pa
 
 from . import manifest, schema
 from .errors import ConfigError, OutOfSpace, StoreCorrupt
-from .shard import MappedShard, fsync_folder
+from .mapped import MappedShard
+from .shard import fsync_folder
 
 LOCKED: dict[str, str | bool | int | float | list[str]] = {
     "enable_external_access": "false",

@@ -23,9 +23,9 @@ from .codecs import WHOLE_COLUMN
 from .errors import ConfigError
 from .gather import Allocate, Gather, Slot, allocate
 from .index import Index, fill
+from .mapped import MappedShard
 from .prefetch import Prefetcher
 from .schema import FieldSpec
-from .shard import MappedShard
 
 if TYPE_CHECKING:
     import datasets

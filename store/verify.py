@@ -16,9 +16,9 @@ from .codecs import WHOLE_COLUMN, Part, parts_of
 from .errors import FormatVersionError, PredistillError, StoreCorrupt, StoreError, StoreIncomplete
 from .identity import file_sha256
 from .manifest import Plan, shard_path
+from .mapped import MappedShard
 from .reader import TeacherStore
 from .schema import INPUT_IDS, FieldSpec, is_list, is_ragged
-from .shard import MappedShard
 
 KNOWN = {
     manifest.PLAN,

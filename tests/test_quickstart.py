@@ -78,6 +78,33 @@ def test_the_story_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "$ predistill dump" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_the_story_of_language_models_in_small(tmp_path: Path) -> None:
+    folder = tmp_path / "tale"
+    made = quickstart.quickstart(QuickstartConfig(
+        output_dir=str(folder), task="causal-lm", rows=60, validation_rows=20, vocabulary=400, teacher_epochs=1,
+        student_steps=3, seeds=(1, 2),
+    ))  # fmt: skip
+    assert made["rows"] == {"training": 60, "validation": 20}
+    assert [row["model"] for row in made["table"]] == ["teacher", "student", "student with the teacher"]
+    assert all(set(row) == set(made["columns"]) for row in made["table"])
+    assert 0 < made["table"][0]["loss"] < 6.1  # ln 400 is 5.99: a guess among all entries
+    with TeacherStore.open(folder / "store") as store:
+        assert store.fields["teacher_top_k_indices"].shape == ("S", 32)
+        [(wrong,)] = store.sql("SELECT count(*) FROM samples WHERE teacher_loss <= 0").fetchall()
+        assert wrong == 0
+    for line in made["commands"]:
+        name, *words = shlex.split(line)[1:]
+        cli.commands[name].make_context(name, words)
+
+
+def test_code_stands_as_it_is() -> None:
+    training, validation = corpus.code()
+    assert len(training) > 2000 and len(validation) > 300
+    assert not {row["module"] for row in training} & {row["module"] for row in validation}
+    assert any("\n    " in row["text"] for row in training)
+
+
 def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ConfigError, match=r"thesis\.tex"):

@@ -1,0 +1,137 @@
+"""A shard of the memory map: its buffers as numpy arrays, checked before they are trusted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from . import schema
+from .codecs import Part
+from .errors import StoreCorrupt
+from .schema import FieldSpec
+
+
+class MappedShard:
+    """One shard, memory-mapped and read-only; every array is a view of the file.
+
+    Raises StoreCorrupt where the file is not a shard, or says lengths and offsets that its buffers do not have.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            source = pa.memory_map(str(path))
+            self._base, self.bytes = source.read_buffer(1).address, source.size()
+            reader = pa.ipc.open_file(source)
+            if reader.num_record_batches != 1:
+                raise StoreCorrupt(f"{path}: one record batch expected; got {reader.num_record_batches}")
+            self.batch = reader.get_batch(0)
+            self.batch.validate()
+            self.names = self.batch.schema.names
+            source.close()  # the mapping lives as long as its buffers: 4,000 shards need no 4,000 descriptors
+        except FileNotFoundError as error:
+            raise StoreCorrupt(f"{path} is missing: run the same dump again to make it anew") from error
+        except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
+            raise StoreCorrupt(
+                f"{path} is not a readable shard ({_one_line(error)}): delete it and its .json, "
+                "then run the same dump again"
+            ) from error
+        self.rows, self._checked = self.batch.num_rows, set[str]()
+        self.fields, self.place, self.fingerprint = _read_metadata(path, self.batch.schema.metadata or {})
+
+    def part(self, spec: FieldSpec, part: Part) -> tuple[np.ndarray, np.ndarray | None]:
+        """(values [entries, width], starts int64 [rows + 1] or None) of one part of a field."""
+        array = self._array(spec.name)
+        if part.name:
+            if not pa.types.is_struct(array.type) or array.type.get_field_index(part.name) < 0:
+                raise StoreCorrupt(f"{self.path}: column {spec.name} has no part {part.name!r}")
+            array = array.field(part.name)
+        expected = schema.array_type(part.shape, part.dtype)
+        if not _same_type(array.type, expected):
+            raise StoreCorrupt(f"{self.path}: column {spec.name} is {expected} by its description; got {array.type}")
+        return self._views(spec.name, array, part)
+
+    def column(self, name: str) -> pa.Array:
+        """A column as Arrow has it: carried columns, bytes and addresses."""
+        return self._array(name)
+
+    def checked(self, name: str) -> pa.Array:
+        """A column whose values are about to be copied: every offset in it is looked at once."""
+        if name not in self._checked:
+            try:
+                self._array(name).validate(full=True)
+            except pa.ArrowException as error:
+                raise StoreCorrupt(f"{self.path}: column {name}: {_one_line(error)}") from error
+            self._checked.add(name)
+        return self._array(name)
+
+    def offset(self, values: np.ndarray) -> int:
+        """Where in the file a view starts, in bytes."""
+        return values.ctypes.data - self._base
+
+    def _array(self, name: str) -> pa.Array:
+        if self.batch.schema.get_field_index(name) < 0:
+            raise StoreCorrupt(f"{self.path}: no column {name!r}; it has {', '.join(self.names)}")
+        return self.batch.column(name)
+
+    def _views(self, name: str, array: pa.Array, part: Part) -> tuple[np.ndarray, np.ndarray | None]:
+        where, starts = f"{self.path}: column {name}", None
+        if array.null_count or array.offset:
+            raise StoreCorrupt(f"{where}: no nulls and no offset expected")
+        entries = self.rows
+        if schema.symbols(part.shape):
+            starts = (
+                np.frombuffer(array.buffers()[1] or b"", np.int64, self.rows + 1)
+                if self.rows
+                else np.zeros(1, np.int64)
+            )
+            array = array.values
+            entries = len(array)
+            if starts[0] != 0 or starts[-1] != entries or (starts[1:] < starts[:-1]).any():
+                raise StoreCorrupt(f"{where}: starts must rise from 0 to {entries}")
+        width = schema.entry_width(part.shape)
+        data = array.buffers()[-1]
+        if entries * width * part.numpy_dtype.itemsize > (data.size if data else 0):
+            raise StoreCorrupt(
+                f"{where}: {entries} entries need {entries * part.entry_bytes} bytes; got {data and data.size}"
+            )
+        if array.offset or array.null_count:
+            raise StoreCorrupt(f"{where}: no nulls and no offset expected")
+        if data is not None and not self._base <= data.address <= self._base + self.bytes:
+            raise StoreCorrupt(f"{where}: buffers must lie in the file as they are; these are compressed")
+        if not entries:
+            return np.zeros((0, width), part.numpy_dtype), starts
+        return np.frombuffer(data, part.numpy_dtype, entries * width).reshape(entries, width), starts
+
+
+def _same_type(found: pa.DataType, expected: pa.DataType) -> bool:
+    """Equal but for names and nullability of list items, which other writers choose otherwise."""
+    for kind in (pa.types.is_large_list, pa.types.is_fixed_size_list):
+        if kind(expected):
+            same_size = (
+                not pa.types.is_fixed_size_list(expected) or found.list_size == expected.list_size
+                if kind(found)
+                else False
+            )
+            return same_size and _same_type(found.value_type, expected.value_type)
+    return found.equals(expected)
+
+
+def _read_metadata(path: Path, found: Mapping[bytes, bytes]) -> tuple[list[FieldSpec], dict[str, Any], str]:
+    try:
+        version = int(found[b"predistill.format_version"])
+        schema.check_version(version, str(path))
+        fields = [FieldSpec.from_json(one) for one in json.loads(found[b"predistill.fields"])]
+        place = json.loads(found[b"predistill.shard"])
+        return fields, place, found[b"predistill.fingerprint"].decode()
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise StoreCorrupt(f"{path}: its schema metadata does not describe a shard ({_one_line(error)})") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".split("\n")[0][:300]
