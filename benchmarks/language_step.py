@@ -180,7 +180,7 @@ def main() -> None:
             found = run(args.child[0], int(args.child[1]))
         print(json.dumps(found))
         return
-    steps, rounds = (8, 1) if args.quick else (16, 3)
+    steps, rounds = (8, 1) if args.quick else (12, 2)
     for kind in ("top-k", "dense"):
         store(kind)
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
