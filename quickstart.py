@@ -121,7 +121,7 @@ def fresh_folder(folder: Path) -> Path:
 
 
 def fit(model: Any, samples: list[Any], tokenizer: Any, collator: Any, folder: Path, epochs: float,
-        learning_rate: float) -> None:  # fmt: skip
+        learning_rate: float, batch_size: int) -> None:  # fmt: skip
     """Train a teacher the usual way, nothing of predistill in it, and save it with its tokenizer."""
     from transformers import PrinterCallback, Trainer, TrainingArguments
     from transformers.utils import logging
@@ -130,7 +130,7 @@ def fit(model: Any, samples: list[Any], tokenizer: Any, collator: Any, folder: P
         logging.disable_progress_bar()
     arguments = TrainingArguments(
         output_dir=str(folder), num_train_epochs=epochs, learning_rate=learning_rate, warmup_steps=0.1,
-        weight_decay=0.01, per_device_train_batch_size=32, logging_strategy="no", save_strategy="no",
+        weight_decay=0.01, per_device_train_batch_size=batch_size, logging_strategy="no", save_strategy="no",
         report_to="none", disable_tqdm=not sys.stderr.isatty(), dataloader_pin_memory=False,
     )  # fmt: skip
     trainer = Trainer(model=model, args=arguments, train_dataset=samples, processing_class=tokenizer,

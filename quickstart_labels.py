@@ -91,7 +91,7 @@ class LabelStory:
         set_seed(0)
         model = BertForSequenceClassification(bert(128, 2, tokenizer, names))
         fit(model, samples, tokenizer, DataCollatorWithPadding(tokenizer), self.folder / "teacher",
-            self.config.teacher_epochs, 1e-3)  # fmt: skip
+            self.config.teacher_epochs, 1e-3, self.batch_size)  # fmt: skip
         bert(64, 1, tokenizer, names).to_json_file(self.folder / "student.json")
 
 

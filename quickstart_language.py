@@ -36,7 +36,7 @@ class LanguageStory:
     dump_settings: Mapping[str, Any] = {"top_k_logits": 32}
     learning_rate, batch_size = 5e-3, 16
     sizes: Mapping[str, Any] = {
-        "rows": 2000, "validation_rows": 300, "vocabulary": 2000, "teacher_epochs": 3, "student_steps": 250,
+        "rows": 2000, "validation_rows": 300, "vocabulary": 2000, "teacher_epochs": 3, "student_steps": 200,
     }  # fmt: skip
     query = "SELECT module, avg(teacher_loss) FROM samples GROUP BY module ORDER BY 2 LIMIT 5"
     names: Mapping[str, str] = {"labels": "student", "distilled": "student with the teacher"}
@@ -82,7 +82,8 @@ class LanguageStory:
         set_seed(0)
         model = LlamaForCausalLM(llama(128, 3, tokenizer))
         collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-        fit(model, samples, tokenizer, collator, self.folder / "teacher", self.config.teacher_epochs, 2e-3)
+        fit(model, samples, tokenizer, collator, self.folder / "teacher", self.config.teacher_epochs, 3e-3,
+            self.batch_size)  # fmt: skip
         llama(64, 1, tokenizer).to_json_file(self.folder / "student.json")
 
 

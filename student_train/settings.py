@@ -67,6 +67,8 @@ class DistillationSettings:
         _within("alpha", self.alpha, 0, 1)
         _within("pseudo_labels", self.pseudo_labels, 0, 1e6)
         _within("pseudo_label_confidence", self.pseudo_label_confidence, 0, 1)
+        if self.pseudo_label_confidence and not self.pseudo_labels:
+            raise ConfigError("--pseudo-label-confidence is for --pseudo-labels; give both")
         _within("shuffle_window", self.shuffle_window, 1, 2**62)
         if self.shuffle not in SHUFFLES:
             raise ConfigError(f"--shuffle is one of {', '.join(SHUFFLES)}; got {self.shuffle!r}")

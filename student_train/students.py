@@ -173,8 +173,11 @@ def from_teacher_layers(folder: Path, layers: Sequence[int], task: Task) -> nn.M
     smaller = type(config).from_dict({**settings, **task.settings})
     smaller.num_hidden_layers = len(layers)
     state = layer_state(folder, layers, depth)
-    with torch.device("meta"):
-        kind = type(auto_class(task).from_config(smaller))
+    try:
+        with torch.device("meta"):
+            kind = type(auto_class(task).from_config(smaller))
+    except ValueError as error:
+        raise ConfigError(f"the teacher in {folder} cannot be a {task.model_class}: {first_line(error)}") from None
     return kind.from_pretrained(None, config=smaller, state_dict=state, dtype=torch.float32)
 
 

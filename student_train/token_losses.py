@@ -87,7 +87,12 @@ def packed(inputs: Batch) -> dict[str, Any]:
     """Several documents a row are told apart by position_ids, which models heed without attention_mask and cache."""
     if POSITION_IDS not in inputs:
         return dict(inputs)
+    logging.getLogger("transformers.modeling_utils").addFilter(_other_than_mask)  # which warns of the missing mask
     return {**{name: value for name, value in inputs.items() if name != ATTENTION_MASK}, "use_cache": False}
+
+
+def _other_than_mask(record: logging.LogRecord) -> bool:
+    return "passing in an `attention_mask`" not in record.getMessage()
 
 
 def whole_logits_loss(logits: torch.Tensor, terms: Sequence[TokenTerm], *, predictions: bool = False) -> FusedLoss:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..store.errors import ConfigError, StoreMismatch
 from ..store.identity import canonical, short
-from ..store.reader import TeacherStore
 from .card import CARD, METRICS, PROVENANCE, model_card, provenance, write_json
 from .collator import DataCollatorForDistillation
 from .config import DistillationConfig
-from .dataset import ConcatRows
-from .objective import Objective
 from .progress import quiet_stdout, show_progress
 from .settings import DistillationSettings, TrainConfig
-from .students import Student, build_student
+from .stores import evaluation_split, open_stores, select
+from .students import build_student
 from .tasks import Task, task_of
 from .trainer import DistillationTrainer
 
@@ -81,6 +79,8 @@ def train(settings: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
 
 def prepare_folder(config: TrainConfig, output: Path) -> str | None:
     """The checkpoint to go on from, if any. Raises ConfigError where the folder holds another run."""
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output-dir {output} is a file; give a folder that is new or empty")
     asked = str(config.resume_from_checkpoint or "false")
     if asked.lower() == "true":
         found = get_last_checkpoint(output) if output.is_dir() else None
@@ -116,9 +116,10 @@ def check_same_run(output: Path, made: Mapping[str, Any]) -> None:
     for what, value in _resumed(made).items():
         stored = _resumed(before)[what]
         if canonical(stored) != canonical(value):
+            had, has = _apart(stored, value)
             raise StoreMismatch(
-                f"{what} differs from the run in {output}: it had {short(stored)}, this one has "
-                f"{short(value)}: go on with the same, or start anew with --overwrite-output-dir"
+                f"{what} differs from the run in {output}: it had {short(had)}, this one has {short(has)}: "
+                "go on with the same, or start anew with --overwrite-output-dir"
             )
 
 
@@ -140,78 +141,19 @@ def _resumed(made: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _apart(ours: Any, theirs: Any) -> tuple[Any, Any]:
+    """What differs of two values that do: entries of dicts, the first entry of lists that are as long."""
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        names = [name for name in {**ours, **theirs} if canonical(ours.get(name)) != canonical(theirs.get(name))]
+        return {name: ours.get(name) for name in names}, {name: theirs.get(name) for name in names}
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        pairs = zip(ours, theirs, strict=True)
+        return next(_apart(*pair) for pair in pairs if canonical(pair[0]) != canonical(pair[1]))
+    return ours, theirs
+
+
 def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
-
-
-# ---- stores and rows ----
-
-
-def open_stores(paths: Sequence[str]) -> list[TeacherStore]:
-    """Raises StoreMismatch where several stores cannot be read one after another."""
-    stores = [TeacherStore.open(path) for path in paths]
-    first = stores[0]
-    columns = task_of(first).columns
-    for other in stores[1:]:
-        for what, ours, theirs in (
-            ("task", first.task, other.task),
-            (
-                "tokenizer",
-                first.identity.get("tokenizer", {}).get("sha256"),
-                other.identity.get("tokenizer", {}).get("sha256"),
-            ),
-            ("label names", first.label_names, other.label_names),
-            ("inputs and logits", _shapes(first, columns), _shapes(other, columns)),
-        ):
-            if canonical(ours) != canonical(theirs):
-                raise StoreMismatch(
-                    f"{what} differs: {first.path} has {short(ours)}, {other.path} has {short(theirs)}; "
-                    "only stores that agree are trained on together"
-                )
-    return stores
-
-
-def _shapes(store: TeacherStore, columns: Sequence[str]) -> dict[str, Any]:
-    """Of inputs, labels and these teacher columns."""
-    roles = ("input", "label")
-    return {name: spec.shape for name, spec in store.fields.items() if spec.role in roles or name in columns}
-
-
-def evaluation_split(config: TrainConfig, stores: Sequence[TeacherStore]) -> str | None:
-    """The split to evaluate on; None where there is none, or none is wanted."""
-    wanted = str(config.training_arguments.get("eval_strategy", "epoch"))
-    if wanted in ("no", "IntervalStrategy.NO", "False"):
-        return None
-    shared = [split for split in stores[0].splits if all(split in store.splits for store in stores)]
-    candidates = [config.eval_split] if config.eval_split else ["validation", "test"]
-    found = next((split for split in candidates if split in shared), None)
-    if found is None and (config.eval_split or "eval_strategy" in config.training_arguments):
-        raise ConfigError(
-            f"there is no split {' or '.join(candidates)} to evaluate on; the store has {', '.join(shared)}"
-        )
-    return found
-
-
-def select(
-    config: TrainConfig, stores: Sequence[TeacherStore], student: Student, objective: Objective, split: str,
-    where: str | None = None,
-) -> Any:  # fmt: skip
-    """Rows of one split of all stores, in the student's tokens; to train on, those that the loss can learn from."""
-    training, task = split == config.train_split, task_of(stores[0])
-    parts = []
-    for store in stores:
-        rows = store.select(split=split, where=where, fields=[])
-        rows = rows.with_fields(objective.fields if training else objective.evaluation_fields)
-        if training:
-            rows = task.learnable(rows, objective)
-        if not len(rows):
-            reason = f"--where {where!r} keeps" if where else "there are"
-            raise ConfigError(f"{store.path}: {reason} no rows of split {split} that the loss can learn from")
-        parts.append(task.retokenized(rows, student.tokenizer, config.text_column) if student.retokenize else rows)
-    task.check_rows(student.model, max(int(part.lengths.max()) for part in parts))
-    if len(parts) == 1:
-        return parts[0]
-    return ConcatRows(parts, {name: spec.pad for name, spec in stores[0].fields.items()})
 
 
 # ---- training and saving ----

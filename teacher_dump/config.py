@@ -5,14 +5,13 @@ Nothing heavy is imported: the command line reads this file to print its help.
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..store.errors import ConfigError
-from .tasks import LANGUAGE_MODEL_SETTINGS, TASKS
+from .tasks import TASKS
 
 DTYPES = ("float16", "bfloat16", "float32", "int8")
 TEACHER_DTYPES = ("auto", "float16", "bfloat16", "float32")
@@ -21,6 +20,7 @@ PROBLEM_TYPES = ("auto", "single_label_classification", "multi_label_classificat
 LABEL_ORDERS = ("check", "by-name", "by-id")
 CHOSEN_BY_BUDGET = ("top_k_logits", "top_p", "sampled_logits", "sample_temperature", "dtype")
 MOST_DRAWS = 255  # the draws of one id are stored in a byte
+COLDEST, HOTTEST = 1e-3, 1e6  # temperatures that train takes
 AUTO = "auto"
 NO_COLUMN = "none"
 DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow")
@@ -178,9 +178,10 @@ class DumpConfig:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < least):
                 raise ConfigError(f"{_flag(name)} is a whole number from {least}; got {value!r}")
-        for value in (self.sample_temperature, *self.temperatures):
-            if not (isinstance(value, float | int) and 0 < value < math.inf):
-                raise ConfigError(f"a temperature is a number above 0; got {value!r}")
+        asked = {"sample_temperature": [self.sample_temperature], "temperatures": self.temperatures}
+        for name, value in ((name, value) for name, values in asked.items() for value in values):
+            if not (isinstance(value, float | int) and COLDEST <= value <= HOTTEST):
+                raise ConfigError(f"{_flag(name)}: numbers from {COLDEST:g} to {HOTTEST:g} expected; got {value!r}")
         if self.top_p is not None and not (isinstance(self.top_p, float | int) and 0 < self.top_p <= 1):
             raise ConfigError(f"--top-p is above 0 and at most 1; got {self.top_p!r}")
         if self.sampled_logits is not None and self.sampled_logits > MOST_DRAWS:
@@ -188,9 +189,9 @@ class DumpConfig:
 
     def _check_known(self) -> None:
         """Settings of some tasks are refused for the others."""
-        own = TASKS[self.task].settings
+        foreign = {name for task in TASKS.values() for name in task.settings} - set(TASKS[self.task].settings)
         for one in fields(self):
-            if one.name in LANGUAGE_MODEL_SETTINGS and one.name not in own and self._given(one.name):
+            if one.name in foreign and self._given(one.name):
                 raise ConfigError(f"{_flag(one.name)} is nothing that {self.task} knows; leave it away")
 
     def _check_logits(self) -> None:
@@ -201,6 +202,8 @@ class DumpConfig:
                 raise ConfigError(f"--budget chooses {_flag(chosen[0])} itself; give one of them")
         if self.sampled_logits is not None and (self.top_k_logits is not None or self.top_p is not None):
             raise ConfigError("--sampled-logits is kept instead of --top-k-logits and --top-p; give one of them")
+        if self.sampled_logits is not None and self.dtype == "int8":
+            raise ConfigError("--dtype int8 is for the top k logits, and --sampled-logits keeps draws; leave one away")
         if self.sample_temperature != 1 and self.sampled_logits is None:
             raise ConfigError(f"--sample-temperature {self.sample_temperature:g} is for --sampled-logits; give both")
 

@@ -1,4 +1,4 @@
-"""Rows of one length, filled with one document after another; and whether a model keeps the documents apart.
+"""Rows of one length, filled with one document after another; and whether a model sees only what it may.
 
 transformers sees where documents begin by position ids that restart, when there is no attention mask; padding has
 position 0 at each token, so that each is a document of its own.
@@ -6,13 +6,14 @@ position 0 at each token, so that each is a document of its own.
 
 from __future__ import annotations
 
+import logging
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..store import ConfigError
+from ..store import ConfigError, DataError
 
 _ROUNDINGS = 4  # units in the last place, of the logits' size, that sums made in another order may differ by
 _ALONE = 0.1  # of what seeing the document before changes; rounding in bfloat16 made it 0.02 at most (14 architectures)
@@ -41,6 +42,40 @@ def pack(lengths: np.ndarray, size: int) -> Packed:
     view = np.arange(len(rows)) - np.searchsorted(document, document)
     position_ids = np.arange(total) - np.repeat(pieces, np.diff(pieces, append=total))
     return Packed(np.diff(rows, append=total), document, view.astype(np.int32), position_ids.astype(np.int32))
+
+
+def check_causal(model: Any, device: torch.device) -> None:
+    """Run three short texts; device: where the model's inputs go.
+
+    Raises DataError where the logits are NaN whatever is read, ConfigError where later tokens change those of earlier
+    ones by more than a share of what the first token changes in them, which is more than rounding.
+    """
+    vocabulary, kept = len(model.get_input_embeddings().weight), _LENGTHS[0]
+    text = torch.arange(sum(_LENGTHS)).expand(3, -1).clone()
+    text[1, kept:] += len(text[0])
+    text[2, 0] += len(text[0])
+    text = text.remainder(vocabulary).to(device)
+    logits = model(input_ids=text, attention_mask=torch.ones_like(text)).logits.float()
+    if bool(logits.isnan().all()):
+        raise DataError(
+            f"logits that are numbers expected; those of {type(model).__name__} are NaN whatever it reads: look at its "
+            "weights, or compute in another --teacher-dtype"
+        )
+    own, later, earlier = logits[:, 1:kept]
+    if bool((_size(own - later) > _ALONE * _size(own - earlier)).all()):
+        raise ConfigError(
+            f"{type(model).__name__} sees the tokens that it is to tell, since it is not causal: give a causal teacher "
+            "(a BERT-like config needs is_decoder: true)"
+        )
+
+
+def no_mask_is_meant() -> None:
+    """Packed rows have no attention mask, and transformers is not to warn of it."""
+    logging.getLogger("transformers.modeling_utils").addFilter(_other_than_mask)
+
+
+def _other_than_mask(record: logging.LogRecord) -> bool:
+    return "passing in an `attention_mask`" not in record.getMessage()
 
 
 def check_packing(model: Any, device: torch.device) -> None:

@@ -229,4 +229,9 @@ def _one_line(teacher: str) -> Iterator[None]:
             raise ConfigError(
                 f"--teacher {teacher} is Python code of its own: read it, then let it run with --trust-remote-code"
             ) from error
+        if "Unrecognized configuration class" in str(error):
+            raise ConfigError(
+                f"--teacher {teacher}: a model with a head for this --task expected; transformers has none for its "
+                "architecture: give another teacher"
+            ) from error
         raise ConfigError(f"--teacher {teacher} cannot be loaded: {' '.join(str(error).split())[:400]}") from error

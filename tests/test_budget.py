@@ -131,7 +131,7 @@ def test_teachers_that_are_spread_or_compiled(
         ({"sampled_logits": 256}, "--sampled-logits is at most 255; got 256"),
         ({"sampled_logits": 8, "top_p": 0.5}, "--sampled-logits is kept instead of --top-k-logits and --top-p"),
         ({"sample_temperature": 2.0}, "--sample-temperature 2 is for --sampled-logits; give both"),
-        ({"temperatures": [0.0]}, "a temperature is a number above 0; got 0"),
+        ({"temperatures": [0.0]}, "--temperatures: numbers from 0.001 to 1e.06 expected; got 0"),
         ({"top_p": 1.5}, "--top-p is above 0 and at most 1; got 1.5"),
         ({"positions": "some"}, "--positions is one of all, completion"),
         ({"device_map": "auto"}, "--device-map auto chooses devices, and so does --device"),

@@ -199,7 +199,6 @@ BAD: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
     "numbers": ([{"text": 1}], {}, "column 'text': text expected; got int64"),
     "no completion": ([{"prompt": "a", "completion": ""}], {}, "row 0: column 'completion' is empty"),
     "no prompt": ([PROMPTS[0], {"prompt": None, "completion": "a"}], {}, "row 1: column 'prompt' is null"),
-    "half messages": ([{"prompt": "a", "completion": CHATS[0]}], {}, "column 'completion': text expected; got list"),
     "long prompt": (
         [PROMPTS[0], {"prompt": LINES[1], "completion": "a"}], {"max_length": 12},
         "row 1: something to learn expected in its first 12 tokens, of which all are prompt: give a longer --max-len",

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...store.errors import ConfigError, StoreMismatch
-from ...store.schema import INPUT_IDS, POSITION_IDS
+from ...store.schema import INPUT_IDS, LOGSUMEXP, POSITION_IDS
 from ..language import LanguageObjective
 from ..losses.terms import Term
 from ..objective import Objective, logits_of
@@ -31,7 +31,8 @@ class CausalLM:
 
     def __init__(self, store: Any) -> None:
         self.store = store
-        self.columns = [name for name, spec in store.fields.items() if spec.role == "teacher"]
+        said = [name for name, spec in store.fields.items() if spec.role == "teacher"]
+        self.columns = [name for name in said if not name.startswith(f"{LOGSUMEXP}_at_")]  # missed only where wanted
 
     def objective(self, terms: Sequence[Term]) -> LanguageObjective:
         return LanguageObjective(terms, self.store.fields)
@@ -40,7 +41,12 @@ class CausalLM:
         """Every causal model has this head."""
 
     def check_student(self, model: nn.Module) -> None:
-        """Raises ConfigError for a student that sees what comes next, or other documents of its row."""
+        """Raises ConfigError for a student that sees what comes next, or other documents of its row, or is broken."""
+        if bool(_logits(model, {INPUT_IDS: FIRST}).isnan().any()):
+            raise ConfigError(
+                f"{type(model).__name__} gives logits that are NaN before it is trained: look at its weights, or give "
+                "another student"
+            )
         if not causal(model):
             raise ConfigError(
                 f"{type(model).__name__} sees tokens that come later, so it cannot learn to tell the next one: give a "

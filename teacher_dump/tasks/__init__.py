@@ -31,8 +31,9 @@ class Entry(NamedTuple):
 LANGUAGE_MODEL_SETTINGS = (
     "top_k_logits", "top_p", "temperatures", "sampled_logits", "sample_temperature", "packing", "positions", "budget",
 )  # fmt: skip
+LABEL_SETTINGS = ("label_column", "label_names", "label_order", "problem_type")
 TASKS = {
-    "text-classification": Entry("text_classification", "TextClassification", ("logits",), "text"),
+    "text-classification": Entry("text_classification", "TextClassification", ("logits",), "text", LABEL_SETTINGS),
     "causal-lm": Entry("causal_lm", "CausalLM", ("logits",), settings=LANGUAGE_MODEL_SETTINGS),
 }
 

@@ -22,7 +22,7 @@ from ..config import DumpConfig
 from ..data import SourceData
 from ..documents import Documents, joined, may_lose_all, named, tokenize
 from ..formats import choose_format
-from ..packing import check_packing, pack
+from ..packing import check_causal, check_packing, no_mask_is_meant, pack
 from ..progress import say
 from ..teacher import Teacher
 from ..texts import chunks, within
@@ -94,7 +94,7 @@ class CausalLM:
     ) -> dict[str, Any]:
         """What TokenLogits.keep gives of N positions, by name; kept: what keeps them in place of `token_logits`.
 
-        Raises ConfigError where the model does not keep packed documents apart.
+        Raises ConfigError where the model is not causal, or does not keep packed documents apart.
         """
         kept, head = self.token_logits if kept is None else kept, self._head(model, inputs)
         at, width = self.positions(samples, rows), inputs[INPUT_IDS].shape[1]
@@ -144,7 +144,9 @@ class CausalLM:
     def _head(self, model: Any, inputs: dict[str, Any]) -> Head | None:
         """The model's head, looked for once; None where it cannot be run apart."""
         if self._known is None or self._known[0] is not model:
+            check_causal(model, inputs[INPUT_IDS].device)
             if self.packing:
+                no_mask_is_meant()
                 check_packing(model, inputs[INPUT_IDS].device)
             head = split_head(model, {name: value[:1, :8] for name, value in inputs.items()})
             if head is None:
