@@ -86,7 +86,11 @@ def test_the_story_of_language_models_in_small(tmp_path: Path) -> None:
         student_steps=3, seeds=(1, 2),
     ))  # fmt: skip
     assert made["rows"] == {"training": 60, "validation": 20}
-    assert [row["model"] for row in made["table"]] == ["teacher", "student", "student with the teacher"]
+    assert [row["model"] for row in made["table"]] == [
+        "teacher",
+        "student, 300 rows",
+        "student, the same and the teacher",
+    ]
     assert all(set(row) == set(made["columns"]) for row in made["table"])
     assert 0 < made["table"][0]["loss"] < 6.1  # ln 400 is 5.99: a guess among all entries
     with TeacherStore.open(folder / "store") as store:
