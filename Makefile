@@ -23,6 +23,7 @@ bench: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python docs/make_cli.py
+	$(BIN)/python docs/make_parity.py
 
 # The checkout is the package, whatever its folder is called; mypy finds it under its own name in .venv/src.
 $(STAMP): pyproject.toml constraints.txt

@@ -12,7 +12,7 @@ from torchmetrics import functional as metrics
 from torchmetrics.functional import classification
 
 from ..store.schema import MISSING_LABEL
-from .losses.terms import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from .losses.catalogue import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 Scores = dict[str, float]
 

@@ -1,18 +1,18 @@
-"""Every recorded logits case of the originals: their reduction, one line a kind, made from our values a row.
+"""Every recorded case about logits, whole or truncated: the originals' reduction, one line a kind, of our values a row.
 
 Divided out where the original has no T^2; everything else is how each project sums and mixes.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import math
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from oracle_cases import ABSENT, DTYPES, INDEX, Original, assert_reproduced, cases_of
+from oracle_cases import Case as Recorded
 from predistill.student_train.losses import (
     dkd,
     generalized_jsd,
@@ -23,10 +23,27 @@ from predistill.student_train.losses import (
     soft_cross_entropy,
     standardize_logits,
 )
+from predistill.student_train.losses.relations import dist
+from predistill.student_train.losses.sparse import SparseTargets, sparse_loss
+from predistill.student_train.losses.terms import Term
 
 Case = SimpleNamespace  # s, t: logits; y: labels; T; p: params; hard: the student's own loss; mask
 
-NOT_TERMS = {"torchdistill_dist_loss"}  # compares classes across the batch: not a value a row
+FAMILIES = {"logits", "sparse"}
+
+
+def named(recorded: Recorded) -> Case:
+    """With several heads, s and t are lists."""
+    temperature = recorded.params.get("temperature")
+    return Case(
+        s=recorded["student_logits"],
+        t=recorded.get("teacher_logits"),
+        y=recorded.get("labels"),
+        T=recorded.get("temperature") if temperature is None else temperature,
+        p=recorded.params,
+        hard=recorded.get("student_loss"),
+        mask=recorded.get("mask"),
+    )
 
 
 def hard(case: Case) -> torch.Tensor:
@@ -97,7 +114,36 @@ def decoupled(case: Case) -> torch.Tensor:
     return dkd(s, t, case.y, temperature=case.T, alpha=case.p["alpha"], beta=case.p["beta"]).mean()
 
 
-ORIGINALS: dict[str, Callable[[Case], torch.Tensor]] = {
+def torchdistill_dist(case: Case) -> torch.Tensor:
+    return dist(case.s, case.t, temperature=case.p["tau"], beta=case.p["beta"], gamma=case.p["gamma"]).mean()
+
+
+# --- logits that were kept at some classes ---
+
+
+def distillkit_targets(recorded: Recorded) -> SparseTargets:
+    """Its way from one temperature to another: the kept ids' probabilities, and the rest as one lump, to a power."""
+    power = recorded.params["target_generation_temperature"] / recorded.params["temperature"]
+    if recorded.get("teacher_logprobs") is not None:
+        logprobs = recorded["teacher_logprobs"].double()
+        rest = (1 - logprobs.exp().sum(-1)).clamp(min=1e-8).log()
+    else:  # logits that it renormalizes
+        logprobs = recorded["teacher_topk_logits"].double()
+        rest = torch.full_like(logprobs[..., 0], -math.inf)
+    whole = (torch.cat([logprobs, rest.unsqueeze(-1)], -1) * power).log_softmax(-1).flatten(0, 1)
+    return SparseTargets(recorded["teacher_token_ids"].flatten(0, 1), whole[:, :-1], whole[:, -1])
+
+
+def distillkit_sparse(recorded: Recorded, loss: str) -> torch.Tensor:
+    params, mask = recorded.params, recorded.get("mask")
+    tail = {"zero": "renormalize", "symmetric_uniform": "bucket"}[params["missing"]]
+    term = Term("logits", loss, temperature=params["temperature"], options={"tail": tail})
+    each = sparse_loss(term, recorded["student_logits"].flatten(0, 1), distillkit_targets(recorded))
+    each = each if mask is None else each[mask.flatten()]
+    return each.sum() / (len(each) if params["wrapped"] else params["temperature"] ** 2)
+
+
+LOGITS: dict[str, Callable[[Case], torch.Tensor]] = {
     "haystack_prediction_layer": haystack,
     "tutorial_distillation_loss": tutorial,
     "nlp_architect_distill_loss": nlp_architect,
@@ -107,6 +153,7 @@ ORIGINALS: dict[str, Callable[[Case], torch.Tensor]] = {
     "textbrewer_kd_ce_loss": lambda case: (soft(case) / case.T**2).mean(),
     "textbrewer_kd_mse_loss": lambda case: (mse(case.s, case.t) / case.T**2).mean(),
     "trl_generalized_jsd": trl,
+    "torchdistill_dist_loss": torchdistill_dist,
     "mdistiller_kd_loss": lambda case: kd(case).mean(),
     "repdistiller_distill_kl": lambda case: kd(case).sum() / len(case.s),
     "lskd_kd_loss": lskd_kd,
@@ -115,80 +162,20 @@ ORIGINALS: dict[str, Callable[[Case], torch.Tensor]] = {
     "tinybert_prediction_layer": lambda case: soft(case).mean() / case.T**2 / case.s.shape[-1],
     "distillkit_dense_kl": lambda case: kd(case)[case.mask].mean(),
 }
+SPARSE = {"distillkit_sparse_kl": "kl", "distillkit_sparse_jsd": "jsd", "distillkit_sparse_tvd": "total_variation"}
+ORIGINALS: dict[str, Original] = {
+    **{kind: lambda recorded, original=original: original(named(recorded)) for kind, original in LOGITS.items()},
+    **{kind: lambda recorded, loss=loss: distillkit_sparse(recorded, loss) for kind, loss in SPARSE.items()},
+}
 
 
-def recorded() -> tuple[Path, list[dict]]:
-    beside = Path(__file__).resolve().parents[2] / "shared" / "oracles"
-    folder = Path(os.environ.get("PREDISTILL_ORACLES") or beside)
-    index = folder / "index.json"
-    return folder, json.loads(index.read_text(encoding="utf-8")) if index.is_file() else []
-
-
-FOLDER, INDEX = recorded()
-ABSENT = pytest.mark.skip(reason="no oracle cases found; set PREDISTILL_ORACLES to their folder")
-CASES = [pytest.param(line, id=line["name"]) for line in INDEX if line["kind"] in ORIGINALS]
-CASES = CASES or [pytest.param(None, marks=ABSENT)]
-
-
-def tensors_of(line: dict, prefix: str, name: str) -> list[torch.Tensor]:
-    """Tensors `prefix.name`, or the list `prefix.name.0`, `prefix.name.1`, …"""
-    from safetensors.torch import load_file
-
-    tensors = load_file(FOLDER / line["file"])
-    whole = f"{prefix}.{name}"
-    numbered = [key for key in tensors if key.startswith(whole + ".")]
-    numbered.sort(key=lambda key: int(key.rsplit(".", 1)[1]))
-    return [tensors[key] for key in ([whole] if whole in tensors else numbered)]
-
-
-def load(line: dict, dtype: torch.dtype) -> tuple[Case, list[torch.Tensor]]:
-    def one(name: str) -> torch.Tensor | None:
-        found = tensors_of(line, "in", name)
-        if not found:
-            return None
-        return found[0].to(dtype) if found[0].is_floating_point() else found[0]
-
-    students = [z.to(dtype).requires_grad_() for z in tensors_of(line, "in", "student_logits")]
-    teachers = [z.to(dtype) for z in tensors_of(line, "in", "teacher_logits")]
-    several = len(students) > 1
-    temperature = line["params"].get("temperature")
-    case = Case(
-        s=students if several else students[0],
-        t=teachers if several else teachers[0],
-        y=one("labels"),
-        T=one("temperature") if temperature is None else temperature,
-        p=line["params"],
-        hard=one("student_loss"),
-        mask=one("mask"),
-    )
-    return case, students
-
-
-def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """max|a - b| / max|b|; the plain distance where b is all zero."""
-    scale = theirs.abs().max().item() or 1.0
-    return (ours.double() - theirs.double()).abs().max().item() / scale
-
-
-def tolerance(line: dict, dtype: torch.dtype, what: str) -> float:
-    """The oracle README's: 1e-10 in float64; in float32 1e-6, or 10 times the original's own deviation."""
-    if dtype == torch.float64 and line["run_dtype"] == "float64":
-        return 1e-10
-    return max(1e-6, 10 * line["float32_deviation"].get(what, 0.0))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("line", CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("line", cases_of(ORIGINALS))
 def test_original_is_reproduced(line: dict, dtype: torch.dtype) -> None:
-    case, students = load(line, dtype)
-    loss = ORIGINALS[line["kind"]](case)
-    slopes = torch.autograd.grad(loss, students)
-    assert relative(loss.detach(), tensors_of(line, "out", "loss")[0]) <= tolerance(line, dtype, "loss")
-    for slope, gradient in zip(slopes, tensors_of(line, "out", "grad.student_logits"), strict=True):
-        assert relative(slope, gradient) <= tolerance(line, dtype, "gradient")
+    assert_reproduced(line, dtype, ORIGINALS[line["kind"]])
 
 
-@pytest.mark.skipif(not INDEX, reason="no oracle cases found; set PREDISTILL_ORACLES to their folder")
-def test_no_logits_kind_is_forgotten() -> None:
-    kinds = {line["kind"] for line in INDEX if line["family"] == "logits"}
-    assert kinds == (set(ORIGINALS) | NOT_TERMS) & kinds
+@pytest.mark.skipif(not INDEX, reason=ABSENT)
+def test_no_kind_is_forgotten() -> None:
+    kinds = {line["kind"] for line in INDEX if line["family"] in FAMILIES}
+    assert kinds == set(ORIGINALS)

@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from predistill.store.errors import ConfigError
+from predistill.student_train.losses.catalogue import SINGLE_LABEL
 from predistill.student_train.losses.fused import FusedLoss, TokenTerm, fused_linear_loss
 from predistill.student_train.losses.rows import LOGIT_FUNCTIONS
 from predistill.student_train.losses.sparse import SparseTargets, sparse_loss, top_k_targets
-from predistill.student_train.losses.terms import SINGLE_LABEL, Term, parse_loss
+from predistill.student_train.losses.terms import Term, parse_loss
 
 N, V, D, K = 23, 40, 8, 5
 CHUNK = 7 * V * 4  # bytes: four chunks of six in float32, six of four or fewer in float64

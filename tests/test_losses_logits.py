@@ -9,14 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from predistill.student_train import losses
+from predistill.student_train.losses.catalogue import MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
 from predistill.student_train.losses.rows import LOGIT_FUNCTIONS, row_loss
-from predistill.student_train.losses.terms import (
-    MULTI_LABEL,
-    PROBLEM_TYPES,
-    REGRESSION,
-    SINGLE_LABEL,
-    Term,
-)
+from predistill.student_train.losses.terms import Term
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 

@@ -12,15 +12,10 @@ import torch
 from predistill.store.errors import ConfigError
 from predistill.student_train import losses
 from predistill.student_train.losses import terms
+from predistill.student_train.losses.catalogue import INNER, LOGIT_LOSSES, MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
+from predistill.student_train.losses.presets import PRESETS
 from predistill.student_train.losses.rows import LOGIT_FUNCTIONS, row_loss
-from predistill.student_train.losses.terms import (
-    MULTI_LABEL,
-    PROBLEM_TYPES,
-    REGRESSION,
-    SINGLE_LABEL,
-    Term,
-    parse_loss,
-)
+from predistill.student_train.losses.terms import Term, parse_loss
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -126,7 +121,7 @@ def test_an_unknown_problem_type_is_refused(function: Callable, pair: Pair) -> N
 
 def test_row_loss_sends_each_term_to_its_function(pair: Pair) -> None:
     labels = torch.tensor([0, -100, 2, 3, 1])
-    for name in terms.LOGIT_LOSSES:
+    for name in LOGIT_LOSSES:
         loss, valid = row_loss(Term("logits", name), *pair, labels, temperature=2.0)
         options = dict(Term("logits", name).options, labels=labels)
         del options["standardize"]
@@ -149,7 +144,7 @@ def test_a_batch_without_labels_gives_zero_on_the_students_graph() -> None:
 
 def test_every_named_loss_has_a_function_for_each_of_its_heads() -> None:
     for head in PROBLEM_TYPES:
-        named = {name for name, spec in terms.LOGIT_LOSSES.items() if head in spec.heads}
+        named = {name for name, spec in LOGIT_LOSSES.items() if head in spec.heads}
         assert set(LOGIT_FUNCTIONS[head]) == named
 
 
@@ -170,13 +165,13 @@ def test_parse_loss() -> None:
         ("", "names no loss; choose from kl, reverse_kl"),
         ("jsd:gamma=1", "jsd has no option 'gamma'; its options are beta, standardize"),
         ("jsd:beta=2", "jsd beta must be between 0 and 1, not 2"),
-        ("jsd:beta=half", "beta must be a number, true or false, not 'half'"),
+        ("jsd:beta=half", "beta must be a number, not 'half'"),
         ("jsd:beta", "jsd beta must be a number between 0 and 1, not True"),
         ("jsd:beta=nan", "jsd beta must be between 0 and 1, not nan"),
         ("kl:temperature=0", "temperature must be above 0"),
         ("kl:temperature=inf", "temperature must be 0 or more, not inf"),
         ("kl:weight=-1", "weight must be 0 or more, not -1"),
-        ("kl:standardize=2", "standardize must be true or false, not 2.0"),
+        ("kl:standardize=2", "standardize must be true or false, not '2'"),
         ("jsd:beta=0,beta=1", "beta is given twice"),
     ],
 )
@@ -219,12 +214,54 @@ def test_terms_that_can() -> None:
 
 def test_presets_are_as_published() -> None:
     soft = Term("logits", "kl", weight=0.7, temperature=4.0)
-    assert terms.PRESETS["tutorial"]() == (Term("labels", weight=1 - 0.7), soft)
+    assert PRESETS["tutorial"]()[0].terms == (Term("labels", weight=1 - 0.7), soft)
     soft = Term("logits", "kl", weight=0.1, temperature=1.0)
-    assert terms.PRESETS["nlp-architect"]() == (Term("labels"), soft)
-    for preset in terms.PRESETS.values():
-        changed = preset(temperature=3.0, alpha=0.25)
-        assert [term.weight for term in changed] == [0.75, 0.25] and changed[1].temperature == 3.0
+    assert PRESETS["nlp-architect"]()[0].terms == (Term("labels"), soft)
+    for name in ("tutorial", "nlp-architect"):
+        (stage,) = PRESETS[name](temperature=3.0, alpha=0.25)
+        assert [term.weight for term in stage.terms] == [0.75, 0.25] and stage.terms[1].temperature == 3.0
+
+
+@pytest.mark.parametrize("name,names", [("haystack", "intermediate prediction"), ("tinybert", "intermediate prediction"),
+                                        ("minilm", "relations fine-tuning")])  # fmt: skip
+def test_presets_of_two_stages_learn_inside_first_and_from_answers_after(name: str, names: str) -> None:
+    first, last = PRESETS[name]()
+    assert f"{first.name} {last.name}" == names
+    assert all(term.name in INNER for term in first.terms)
+    assert all(term.name in ("labels", "logits") for term in last.terms)
+
+
+def test_haystack_weighs_both_answers_equally_and_sums_over_layers() -> None:
+    first, last = PRESETS["haystack"]()
+    assert [(term.name, term.weight) for term in last.terms] == [("labels", 0.5), ("logits", 0.5)]
+    assert [term.options["over_layers"] for term in first.terms] == ["sum", "sum"]
+    assert first.arguments["num_train_epochs"] == 5 and last.arguments["num_train_epochs"] == 2
+
+
+def test_what_is_inside_is_asked_for_beside_logits() -> None:
+    text = "kl:temperature=3 + hidden_states:layers=0:0,1:3,weight=10 attentions/kl:layers=last,heads=0:1,1:0"
+    logits, hidden, attention = terms.parse_losses(text)
+    assert (logits.name, logits.temperature) == ("logits", 3.0)
+    assert (hidden.loss, hidden.weight, hidden.options["layers"]) == ("mse", 10.0, "0:0,1:3")
+    assert (attention.loss, attention.options["layers"], attention.options["heads"]) == ("kl", "last", "0:1,1:0")
+    minilm = terms.parse_losses("relations/minilm:relation_heads=12,pairs=qk+vv")[0]
+    assert (minilm.options["relation_heads"], minilm.options["pairs"]) == (12, "qk+vv")
+
+
+@pytest.mark.parametrize(
+    "text,says",
+    [
+        ("hidden_states/huber", "no hidden_states loss 'huber'; choose from mse, cosine, pkd"),
+        ("hidden_states:layers=first", "choose from uniform, last, tutorial, every-2 and the like, or 0:0,1:2"),
+        ("hidden_states:temperature=2", "temperature is for logits"),
+        ("relations/minilm:relation_heads=a", "relation_heads must be a whole number from 0, not 'a'"),
+        ("kl:layers=last", "kl has no option 'layers'"),
+    ],
+)
+def test_what_is_inside_is_asked_for_wrongly(text: str, says: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        terms.parse_losses(text)
+    assert says in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_a_mixture_leaves_out_what_weighs_nothing() -> None:

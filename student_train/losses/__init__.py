@@ -4,14 +4,17 @@ Letters: B rows, S tokens, C classes, T temperature; `[...]` any leading shape (
 Nothing here reduces over rows: whoever calls masks, sums, and divides by its own denominator. Half-precision
 logits are computed in float32, float64 stays float64. The teacher is a constant: no gradient reaches it.
 
-terms.py     names, options and presets; imports no torch
-    Term(name, loss="", weight=1.0, temperature=None, options={})  name: "labels" | "pseudo_labels" | "logits"
-    TERMS, LOGIT_LOSSES: dict[str, LossSpec]      what may be asked for, and of which head
-    PRESETS: dict[str, (temperature=None, alpha=None) -> tuple[Term, ...]]     None = as published
-    parse_loss("jsd:beta=0.5,temperature=2") -> Term
-    mixture(alpha, term) -> (labels term of weight 1 - alpha, term of weight alpha)
+catalogue.py every loss, its formula, heads and options; imports no torch, nor do the next three
+    TERMS: dict[term name, dict[loss name, LossSpec]]; LOGIT_LOSSES, INNER_LOSSES
+options.py   kinds of options: Number, Whole, Flag, Word
+terms.py     a run's terms
+    Term(name, loss="", weight=1.0, temperature=None, options={})  name: one of TERMS
+    parse_loss("jsd:beta=0.5,temperature=2") -> Term; parse_losses("kl hidden_states/cosine:layers=last") -> terms
+    mixture(alpha, *terms) -> (labels term of weight 1 - alpha, the others times alpha)
+    mapped(terms, layers) -> terms with this layer map
     check_term(term, problem_type, num_labels) -> None, or ConfigError
     check_dense(term), check_truncated(term)      can it be computed from all, from some of the teacher's logits?
+presets.py   PRESETS: dict[str, (temperature=None, alpha=None) -> tuple[Stage, ...]]     None = as published
 rows.py      a Term meets its function
     row_loss(term, student_logits, teacher_logits=None, labels=None, *,
              problem_type="single_label_classification", temperature=1.0) -> (loss [...], valid bool [...]);
@@ -37,8 +40,15 @@ fused.py     head and losses together, no logits [N, V] (chunk.py: a chunk's los
     fused_linear_loss(hidden [N, D], weight [V, D], terms, *, bias=None, scale=1.0, softcap=None,
                       chunk_bytes=None, predictions=False) -> FusedLoss(loss, sums [terms], predictions [N] or None)
 
-A further family (hidden states, attentions, relations) is one file here, one line in
-`terms.TERMS` and one in `rows.row_loss`.
+What is inside the models; these are called by their module's name, as hidden.mse. D width, H heads; mask [B, S] is
+true at tokens, visible [B, 1, S, S] where a query sees a key; [B, S, S] are pairs of a query and a key
+hidden.py     mse, cosine(student [B, S, D], teacher [B, S, D], mask) -> [B, S]; pkd -> [B]
+attention.py  mse(student [B, H, S, S], teacher, visible, *, heads) -> [B, S, S]; kl, soft_cross_entropy -> [B, S]
+relations.py  minilm(student_left, student_right, teacher_left, teacher_right, mask, *, heads) -> [B]; between rows of a
+    batch rkd, rkd_distance, rkd_angle, similarity, pkt, cc, hard_dark_rank, dist -> [B]; mmd -> [B, S, S]
+feature_maps.py   attention_transfer, nst, fsp, vid of [B, C, H, W] or [B, S, D] -> [B]
+
+A further loss of a family is a function in its file and a line in the catalogue; see docs/losses.md.
 """
 
 from __future__ import annotations
@@ -47,18 +57,18 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "catalogue": ("INNER_LOSSES", "LOGIT_LOSSES", "TERMS", "LossSpec"),
     "terms": (
-        "LOGIT_LOSSES",
-        "PRESETS",
-        "TERMS",
-        "LossSpec",
         "Term",
         "check_dense",
         "check_term",
         "check_truncated",
+        "mapped",
         "mixture",
         "parse_loss",
+        "parse_losses",
     ),
+    "presets": ("PRESETS", "Stage"),
     "rows": ("LOGIT_FUNCTIONS", "row_loss"),
     "labels": ("label_loss", "pseudo_label_loss"),
     "logits": (

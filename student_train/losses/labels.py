@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .terms import MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
+from .catalogue import MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
 
 _MISSING_LABEL = -100
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from . import binary, logits
+from .catalogue import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from .labels import label_loss, pseudo_label_loss
-from .terms import MULTI_LABEL, REGRESSION, SINGLE_LABEL, Term
+from .terms import Term
 
 # f(student_logits [..., C], teacher_logits [..., C], *, temperature, **options) -> [...]
 LOGIT_FUNCTIONS: dict[str, dict[str, Callable[..., Tensor]]] = {

@@ -20,8 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .catalogue import TAILS
 from .divergences import DIVERGENCES
-from .terms import TAILS, Term, check_truncated
+from .terms import Term, check_truncated
 
 _NO_LOGPROB = -1e4  # nats; an entry at or below it is padding
 _NO_LOGIT = -3e4  # the same of a logit relative to the largest; stores pad with -65504
