@@ -12,7 +12,6 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .losses.terms import Term
 from .settings import DistillationSettings
 from .tasks import Task
 
@@ -46,11 +45,13 @@ from transformers import pipeline
 {{ note }}
 {% endfor %}
 ## Training
-
+{% for name, terms, arguments in stages %}{% if name %}
+Stage *{{ name }}*, {{ "%g" % arguments.num_train_epochs }} epochs at {{ "%g" % arguments.learning_rate }}:
+{% endif %}
 | term | loss | weight | temperature | options |
 |---|---|---|---|---|
 {% for term in terms %}| {{ term | join(" | ") }} |
-{% endfor %}
+{% endfor %}{% endfor %}
 - student: `{{ student }}`
 - rows: {{ rows }}{% if where %} (`{{ where }}`){% endif %}
 {% for store in stores %}- store: `{{ store.fingerprint[:12] }}`, split `{{ store.split }}`
@@ -60,11 +61,13 @@ from transformers import pipeline
 """
 
 
-def provenance(
-    config: Any, args: Any, stores: Sequence[Any], student: Any, terms: Sequence[Term], rows: int
-) -> dict[str, Any]:
-    """Where a student comes from, JSON-able: stores, terms, settings, versions."""
-    own = {one.name for one in fields(DistillationSettings)}
+def provenance(config: Any, stores: Sequence[Any], student: Any, jobs: Sequence[Any]) -> dict[str, Any]:
+    """Where a student comes from, JSON-able: stores, terms, settings, versions.
+
+    terms, rows and training_arguments are those of the last stage; `stages` has them all, where there are several.
+    """
+    last = jobs[-1]
+    several = {"stages": [{"name": job.stage.name, **_of(job)} for job in jobs]} if len(jobs) > 1 else {}
     return {
         "stores": [
             {"name": str(store.path), "fingerprint": store.fingerprint, "sha256": store.manifest.get("sha256"),
@@ -73,12 +76,20 @@ def provenance(
             for store in stores
         ],
         "student": {"source": student.source, "retokenized": student.retokenize},
-        "terms": [asdict(term) for term in terms],
-        "rows": rows,
+        **_of(last),
+        **several,
         "settings": {key: value for key, value in asdict(config).items() if key != "training_arguments"},
-        "training_arguments": {name: value for name, value in args.to_dict().items() if name not in own},
         "versions": versions(),
     }  # fmt: skip
+
+
+def _of(job: Any) -> dict[str, Any]:
+    own = {one.name for one in fields(DistillationSettings)}
+    return {
+        "terms": [asdict(term) for term in job.objective.terms],
+        "rows": len(job.train_rows),
+        "training_arguments": {name: value for name, value in job.args.to_dict().items() if name not in own},
+    }
 
 
 def versions() -> dict[str, str]:
@@ -106,7 +117,8 @@ def model_card(
                if isinstance(value, float) and not name.endswith(_TIMES)]  # fmt: skip
     return ModelCard.from_template(
         data, template_str=TEMPLATE, title=title, results=results, stores=made["stores"],
-        terms=[_term_cells(term) for term in made["terms"]],
+        stages=[(stage.get("name"), [_term_cells(term) for term in stage["terms"]], stage["training_arguments"])
+                for stage in made.get("stages", [made])],
         rows=f"{made['rows']:,}", where=made["settings"]["where"],
         parameters=f"{metrics['student_parameters']:,}", student=_public(made["student"]["source"]),
         teacher=", ".join(f"`{_public(name)}`" for name in teachers if name) or "a teacher",

@@ -28,6 +28,14 @@ def narrowed(rows: Any, fields: Sequence[str]) -> Any:
     return rows.with_fields(fields) if isinstance(rows, TeacherRows) else rows.narrowed(fields)
 
 
+def first_row(dataset: Any) -> Any:
+    """One row as the collator takes it, of a store without teacher columns; of several datasets the first's."""
+    dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
+    if is_store_rows(dataset):
+        return narrowed(dataset, [])[[0]]
+    return [dataset[0] if hasattr(dataset, "__getitem__") else next(iter(dataset))]
+
+
 class StoreDataLoader(DataLoader):
     """Reads in process from `rows.batches` (reused buffers, one thread ahead) unless workers are asked for.
 
@@ -77,6 +85,11 @@ class StoreDataLoader(DataLoader):
 def pinned(size: int) -> np.ndarray:
     """uint8 [size] in page-locked memory, which CUDA copies from without blocking."""
     return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+
+
+def gather_real(accelerator: Any, loader: StoreDataLoader, values: torch.Tensor) -> torch.Tensor:
+    """Rows of all ranks one after another, without those that only fill the last batch."""
+    return accelerator.gather(values)[: loader.evaluated[0]]
 
 
 def copied_ahead(

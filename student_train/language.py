@@ -21,6 +21,7 @@ from .objective import Batch, Evaluated, Objective, Step, coefficients, term_nam
 from .token_losses import StudentTokens
 from .token_targets import Columns, at_positions, token_targets
 
+_NOTHING = (Term("labels"),)  # what an objective without terms runs, at no position
 TEACHER_MASK = "teacher_mask"  # bool [B, S], which readers make where teacher fields are stored at some positions
 
 
@@ -64,8 +65,11 @@ class LanguageObjective(Objective):
         return _counts(self.terms, batch)
 
     def step(self, model: nn.Module, inputs: Batch, batch: Batch, counts: torch.Tensor) -> Step:
-        outputs, found = self._run(model, inputs, batch, self.terms, counts, positions(batch))
-        return Step(found.loss, found.sums, outputs)
+        chosen, terms = positions(batch), self.terms or _NOTHING
+        if not self.terms:  # the head runs at no position, so that DDP sees its gradient of 0
+            chosen, counts = Positions(chosen.at[:0], chosen.labels[:0], None), counts.new_ones(1)
+        outputs, found = self._run(model, inputs, batch, terms, counts, chosen)
+        return Step(found.loss, found.sums[: len(self.terms)], outputs)
 
     def evaluate(self, model: nn.Module, inputs: Batch, batch: Batch, rows: int) -> Evaluated:
         labels = batch[LABELS].clone()
@@ -167,4 +171,5 @@ def _counts(terms: Sequence[Term], batch: Batch) -> torch.Tensor:
     """int64 [terms]: positions that each term speaks of."""
     predicting = next_labels(batch) != MISSING_LABEL
     taught = predicting & batch[TEACHER_MASK].bool() if TEACHER_MASK in batch else predicting
-    return torch.stack([(predicting if term.name == "labels" else taught).sum() for term in terms])
+    found = [(predicting if term.name == "labels" else taught).sum() for term in terms]
+    return torch.stack(found) if found else torch.zeros(0, dtype=torch.int64)

@@ -14,6 +14,7 @@ is not what a classifier has to.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 
 from ..store.errors import ConfigError
+from ..store.schema import INPUT_IDS, LABELS
 from .losses.terms import Term
 
 Batch = Mapping[str, torch.Tensor]
@@ -49,16 +51,21 @@ class Evaluated(NamedTuple):
 class Objective(ABC):
     """What a batch costs a student.
 
-    terms: weighted terms; those of weight 0 are left out, and their columns are not read.
-    Raises ConfigError where no term is left.
+    terms: weighted terms; those of weight 0 are left out, and their columns are not read. None at all is allowed: such
+    an objective runs the student for another that has terms of its own (inner.py), and its loss is 0.
+    Raises ConfigError where each has weight 0.
     """
 
     keeps_logits: bool  # for compute_metrics
+    looks_inside = False  # does `attach` look at the student?
 
     def __init__(self, terms: Sequence[Term]) -> None:
         self.terms = [term for term in terms if term.weight]
-        if not self.terms:
+        if terms and not self.terms:
             raise ConfigError("every term of the loss has weight 0; give one of them a weight above 0")
+
+    def attach(self, model: nn.Module, inputs: Batch) -> None:  # noqa: B027
+        """Meet the student before its optimizer does. inputs: of some rows, those columns that it takes."""
 
     @property
     @abstractmethod
@@ -96,6 +103,20 @@ class Objective(ABC):
         return (coefficients(self.terms, counts.to(sums)) * sums).sum()
 
 
+class Totals:
+    """Sums [n] that stay on their device until they are asked for."""
+
+    def __init__(self) -> None:
+        self.sums: torch.Tensor | None = None
+
+    def add(self, values: torch.Tensor) -> None:
+        self.sums = values if self.sums is None else self.sums + values
+
+    def drain(self) -> torch.Tensor | None:
+        sums, self.sums = self.sums, None
+        return sums
+
+
 def coefficients(terms: Sequence[Term], counts: torch.Tensor) -> torch.Tensor:
     """[terms]: what the loss of one row (or token) is multiplied by. counts: float [terms], of the whole window."""
     return counts.new_tensor([term.weight for term in terms]) / counts.clamp(min=1)
@@ -113,3 +134,13 @@ def logits_of(outputs: Any) -> torch.Tensor:
     if isinstance(outputs, Mapping):
         return outputs["logits"]
     return outputs.logits if hasattr(outputs, "logits") else outputs[0]
+
+
+def accepted_inputs(model: Any) -> set[str]:
+    """Names that a student's forward takes, labels left out; empty where it takes any."""
+    student = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT's
+    parameters = inspect.signature(student.forward).parameters
+    varying = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    named = {name for name, one in parameters.items() if one.kind not in varying}
+    open_ended = any(one.kind == one.VAR_KEYWORD for one in parameters.values())
+    return set() if open_ended and INPUT_IDS not in named else named - {LABELS}

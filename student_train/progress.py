@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -29,6 +30,12 @@ class BarsOnStderr(ProgressCallback):
             numbers = {name: value for name, value in logs.items() if isinstance(value, float)}
             shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
             self.training_bar.write(f"step {state.global_step}: {shown}", file=sys.stderr)
+
+
+def say(line: str) -> None:
+    """On the main process alone."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(line, file=sys.stderr)
 
 
 def show_progress(trainer: Trainer) -> None:

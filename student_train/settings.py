@@ -5,17 +5,21 @@ Nothing heavy is imported: the command line reads this file to print its help.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..store.errors import ConfigError
-from .losses.terms import PRESETS, Term, mixture, parse_loss
+from .losses.presets import PRESETS, Stage
+from .losses.terms import Term, mapped, mixture, parse_losses
 
 DEFAULT_LOSS = "kl"
 DEFAULT_TEMPERATURE = 2.0
 DEFAULT_ALPHA = 0.7
 SHUFFLES = ("auto", "global", "window")
 FROM_TEACHER_LAYERS = "from-teacher-layers:"
+ONLY_STAGE = "distillation"
 
 
 def _setting(default: Any, help: str, **more: Any) -> Any:
@@ -27,12 +31,21 @@ class DistillationSettings:
     """What is learnt from, and in which order rows are read. Raises ConfigError for values out of range."""
 
     preset: str | None = _setting(
-        None, "A published recipe: its loss, and its temperature and alpha where these are not given."
+        None,
+        "A published recipe: its loss, its stages, and its temperature, alpha, epochs and learning rates where these "
+        f"are not given: {', '.join(PRESETS)}.",
     )
+    stage: str | None = _setting(None, "Train on this stage of the recipe alone.")
     loss: str = _setting(
         DEFAULT_LOSS,
-        "Loss between the logits of both, its options after a colon, as in jsd:beta=0.5, kl:standardize or, where "
-        "only the largest logits are stored, kl:tail=renormalize.",
+        "What is compared with the teacher, options after a colon. Logits: kl, jsd:beta=0.5, kl:standardize or, where "
+        "only the largest are stored, kl:tail=renormalize. What is inside: hidden_states, hidden_states/cosine, "
+        "attentions/kl:layers=last, relations/minilm, …; several between spaces, each with its :weight=.",
+    )
+    layer_map: str | None = _setting(
+        None,
+        "Which layer learns from which: uniform, last, every-2, …, or student:teacher pairs, as 0:0,1:2,2:4. Default: "
+        "the loss's own.",
     )
     temperature: float | None = _setting(
         None,
@@ -72,31 +85,69 @@ class DistillationSettings:
         _within("shuffle_window", self.shuffle_window, 1, 2**62)
         if self.shuffle not in SHUFFLES:
             raise ConfigError(f"--shuffle is one of {', '.join(SHUFFLES)}; got {self.shuffle!r}")
-        self.terms()
+        self.recipe()
 
     def terms(self, temperature: float = DEFAULT_TEMPERATURE) -> tuple[Term, ...]:
-        """The weighted terms of the loss; terms of weight 0 are left out. temperature: where none is asked for."""
-        return (*self._mixture(temperature), *self._pseudo_labels())
+        """The weighted terms of a recipe of one stage; temperature: where none is asked for.
+
+        Raises ConfigError for a recipe of several.
+        """
+        stages = self.recipe(temperature)
+        if len(stages) > 1:
+            names = ", ".join(stage.name for stage in stages)
+            raise ConfigError(f"preset {self.preset} has the stages {names}; a trainer takes one: say which by stage=")
+        return stages[0].terms
+
+    def recipe(self, temperature: float = DEFAULT_TEMPERATURE) -> tuple[Stage, ...]:
+        """What is trained on, one stage after another; terms of weight 0 are left out."""
+        stages = self._published() if self.preset is not None else (Stage(ONLY_STAGE, self._mixture(temperature)),)
+        *before, last = stages
+        stages = (*before, replace(last, terms=(*last.terms, *self._pseudo_labels())))
+        return self._chosen(_mapped_stages(stages, self.layer_map))
+
+    def _published(self) -> tuple[Stage, ...]:
+        if self.preset not in PRESETS:
+            raise ConfigError(f"--preset is one of {', '.join(PRESETS)}; got {self.preset!r}")
+        if self.loss.strip() != DEFAULT_LOSS:
+            raise ConfigError(f"--preset {self.preset} has a loss of its own; leave out --loss")
+        return PRESETS[self.preset](temperature=self.temperature, alpha=self.alpha)
 
     def _mixture(self, default: float) -> tuple[Term, ...]:
-        term = parse_loss(self.loss)
-        if term.weight != 1:
+        terms = parse_losses(self.loss)
+        if len(terms) == 1 and terms[0].weight != 1:
             raise ConfigError(f"--loss {self.loss}: the teacher's part is weighed by --alpha, not by weight=")
-        if self.preset is not None:
-            if self.preset not in PRESETS:
-                raise ConfigError(f"--preset is one of {', '.join(PRESETS)}; got {self.preset!r}")
-            if term != parse_loss(DEFAULT_LOSS):
-                raise ConfigError(f"--preset {self.preset} has a loss of its own; leave out --loss")
-            return PRESETS[self.preset](temperature=self.temperature, alpha=self.alpha)
-        temperature = term.temperature or self.temperature or default
         alpha = DEFAULT_ALPHA if self.alpha is None else self.alpha
-        return mixture(alpha, replace(term, temperature=temperature))
+        return mixture(alpha, *(self._tempered(term, default) for term in terms))
+
+    def _tempered(self, term: Term, default: float) -> Term:
+        if term.name != "logits":
+            return term
+        return replace(term, temperature=term.temperature or self.temperature or default)
 
     def _pseudo_labels(self) -> tuple[Term, ...]:
         if not self.pseudo_labels:
             return ()
         options = {"threshold": self.pseudo_label_confidence}
         return (Term("pseudo_labels", weight=self.pseudo_labels, options=options),)
+
+    def _chosen(self, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+        if self.stage is None:
+            return stages
+        found = tuple(stage for stage in stages if stage.name == self.stage)
+        if not found:
+            raise ConfigError(f"--stage is one of {', '.join(stage.name for stage in stages)}; got {self.stage!r}")
+        return found
+
+
+def _mapped_stages(stages: tuple[Stage, ...], layers: str | None) -> tuple[Stage, ...]:
+    """With this layer map where there are layers. Raises ConfigError where no stage has any."""
+    if layers is None:
+        return stages
+    mapped([term for stage in stages for term in stage.terms], layers)
+    return tuple(
+        replace(stage, terms=mapped(stage.terms, layers)) if any("layers" in term.options for term in stage.terms)
+        else stage for stage in stages
+    )  # fmt: skip
 
 
 def _within(name: str, value: float | None, low: float, high: float) -> None:
@@ -137,6 +188,14 @@ class TrainConfig(DistillationSettings):
     resume_from_checkpoint: str | None = _setting(
         None, "Go on from a checkpoint folder, or from the last one in the output directory: true."
     )
+    stages: dict[str, dict[str, Any]] = field(
+        default_factory=dict,
+        metadata={
+            "help": "By name, what is trained on one after another: each with settings of the loss, unless a preset "
+            "has it, and fields of transformers.TrainingArguments.",
+            "flag": False,
+        },
+    )
     training_arguments: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "Any field of transformers.TrainingArguments, by name.", "flag": False},
@@ -153,3 +212,34 @@ class TrainConfig(DistillationSettings):
             raise ConfigError(f"one of --student and --student-config is expected; got {given}")
         if "output_dir" in self.training_arguments:
             raise ConfigError("output_dir is a setting of its own, not one of training_arguments")
+
+    def recipe(self, temperature: float = DEFAULT_TEMPERATURE) -> tuple[Stage, ...]:
+        if not self.stages:
+            return super().recipe(temperature)
+        if self.preset is None:
+            return self._chosen(tuple(self._stage(name, own, temperature) for name, own in self._given_stages()))
+        published = super().recipe(temperature)
+        names = [stage.name for stage in published]
+        for name, own in self._given_stages():
+            if name not in names:
+                raise ConfigError(f"stages: preset {self.preset} has {', '.join(names)}; got {name!r}")
+            if taken := [key for key in own if key in _LOSS_SETTINGS]:
+                raise ConfigError(f"stages: {name}: the preset says its {taken[0]}; leave it out, or write all stages")
+        return tuple(replace(stage, given=self.stages.get(stage.name) or {}) for stage in published)
+
+    def _given_stages(self) -> list[tuple[str, Mapping[str, Any]]]:
+        for name, own in self.stages.items():
+            if not (_STAGE_NAME.fullmatch(str(name)) and isinstance(own or {}, Mapping)):
+                raise ConfigError(f"stages: a name of letters, digits and - with its settings expected; got {name!r}")
+        return [(name, own or {}) for name, own in self.stages.items()]
+
+    def _stage(self, name: str, own: Mapping[str, Any], temperature: float) -> Stage:
+        """A stage written out: the run's settings of the loss, but for those that it has of its own."""
+        shared = {key: getattr(self, key) for key in _LOSS_SETTINGS}
+        loss = {key: value for key, value in own.items() if key in _LOSS_SETTINGS}
+        terms = DistillationSettings(**{**shared, **loss}).terms(temperature)
+        return Stage(name, terms, given={key: value for key, value in own.items() if key not in _LOSS_SETTINGS})
+
+
+_LOSS_SETTINGS = ("loss", "temperature", "alpha", "layer_map", "pseudo_labels", "pseudo_label_confidence")
+_STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")

@@ -1,29 +1,46 @@
-"""Training, as a story: open stores, build the student, train, evaluate, save. No teacher is ever loaded."""
+"""Training, as a story: open stores, build the student, train stage by stage, evaluate, save.
+
+No teacher is ever loaded.
+"""
 
 from __future__ import annotations
 
-import os
-import shutil
+import json
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
-from ..store.errors import ConfigError, StoreMismatch
-from ..store.identity import canonical, short
+from ..store.errors import ConfigError
 from .card import CARD, METRICS, PROVENANCE, model_card, provenance, write_json
 from .collator import DataCollatorForDistillation
 from .config import DistillationConfig
-from .progress import quiet_stdout, show_progress
+from .dataset import first_row
+from .folder import check_same_run, is_main_process, prepare_folder, stage_folder
+from .losses.presets import Stage
+from .objective import Objective, accepted_inputs
+from .progress import quiet_stdout, say, show_progress
+from .projections import ATTRIBUTE, attach_projections
 from .settings import DistillationSettings, TrainConfig
 from .stores import evaluation_split, open_stores, select
-from .students import build_student
-from .tasks import Task, task_of
+from .students import Student, build_student
+from .tasks import Task, make_objective, task_of
 from .trainer import DistillationTrainer
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage, ready to be trained."""
+
+    stage: Stage
+    folder: Path
+    args: DistillationConfig
+    objective: Objective
+    train_rows: Any
+    eval_rows: Any
 
 
 @quiet_stdout()
@@ -35,36 +52,43 @@ def train(settings: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
     config = settings if isinstance(settings, TrainConfig) else TrainConfig(**settings)
     grouped = torch.distributed.is_initialized()
     output = Path(str(config.output_dir))
-    checkpoint = prepare_folder(config, output)
 
     stores = open_stores(config.stores)
     task = task_of(stores[0])
-    evaluated = evaluation_split(config, stores)
-    args = training_arguments(config, evaluated)
-    set_seed(args.seed)
+    stages = config.recipe(task.temperature)
+    start = prepare_folder(config, output, stages)
+    set_seed(training_arguments(config, stages[-1], output, None).seed)
     student = build_student(config, stores[0])
-    objective = task.objective(config.terms(task.temperature))
-    train_rows = select(config, stores, student, objective, config.train_split, config.where)
-    eval_rows = select(config, stores, student, objective, evaluated) if evaluated else None
+    jobs = [prepare(config, stores, task, student, stages, number) for number in range(len(stages))]
+    for job in jobs[start.done + 1 :]:  # the first one is looked at when its trainer is made
+        rehearse(job, student)
 
-    made = provenance(config, args, stores, student, objective.terms, len(train_rows))
-    if checkpoint:
+    made = provenance(config, stores, student, jobs)
+    if start.resumed:
         check_same_run(output, made)
     elif is_main_process():
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / PROVENANCE, made)
+    if start.done:
+        student.model = type(student.model).from_pretrained(jobs[start.done - 1].folder, dtype=torch.float32)
 
-    pad = getattr(student.tokenizer, "pad_token_id", None)
-    trainer = DistillationTrainer(
-        model=student.model, args=args, objective=objective, train_dataset=train_rows, eval_dataset=eval_rows,
-        processing_class=student.tokenizer, data_collator=DataCollatorForDistillation(pad or 0),
-        compute_metrics=task.compute_metrics,
-    )  # fmt: skip
-    show_progress(trainer)
-    metrics: dict[str, Any] = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
-    if eval_rows is not None:
+    trained: dict[str, dict[str, Any]] = {}
+    for number, job in enumerate(jobs[start.done :], start.done):
+        if len(jobs) > 1:
+            say(f"stage {number + 1} of {len(jobs)}, {job.stage.name}: {', '.join(job.objective.names)}")
+        trainer = make_trainer(job, task, student)
+        checkpoint = start.checkpoint if number == start.done else None
+        metrics: dict[str, Any] = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+        trained[job.stage.name] = dict(metrics)
+        if job is not jobs[-1]:
+            end_stage(trainer, job, metrics)
+    if jobs[-1].eval_rows is not None:
         metrics |= final_evaluation(trainer)
-    metrics["student_parameters"] = sum(one.numel() for one in student.model.parameters())
+    if len(jobs) > 1:
+        metrics["stages"] = {**earlier_stages(jobs[: start.done]), **trained}
+    metrics["student_parameters"] = sum(
+        one.numel() for name, one in student.model.named_parameters() if not name.startswith(ATTRIBUTE)
+    )
     metrics["output_dir"] = str(output)
     save(trainer, task, output, made, metrics)
     for store in stores:
@@ -74,101 +98,76 @@ def train(settings: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
     return metrics
 
 
-# ---- the folder ----
+# ---- stages ----
 
 
-def prepare_folder(config: TrainConfig, output: Path) -> str | None:
-    """The checkpoint to go on from, if any. Raises ConfigError where the folder holds another run."""
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"--output-dir {output} is a file; give a folder that is new or empty")
-    asked = str(config.resume_from_checkpoint or "false")
-    if asked.lower() == "true":
-        found = get_last_checkpoint(output) if output.is_dir() else None
-        if found is None:
-            raise ConfigError(f"--resume-from-checkpoint true: {output} holds no checkpoint; start without it")
-        return found
-    if asked.lower() != "false":
-        if not (Path(asked) / "trainer_state.json").is_file():
-            raise ConfigError(
-                f"--resume-from-checkpoint {asked}: a checkpoint-… folder with trainer_state.json expected"
-            )
-        return asked
-    held = list(output.glob("checkpoint-*"))
-    held += [output / name for name in (PROVENANCE, METRICS, "model.safetensors") if (output / name).exists()]
-    if held and is_main_process():
-        if not config.overwrite_output_dir:
-            raise ConfigError(
-                f"--output-dir {output} holds another run ({sorted(held)[0].name}): give another folder, "
-                "--resume-from-checkpoint true to go on, or --overwrite-output-dir to start anew"
-            )
-        for path in held:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return None
+def prepare(
+    config: TrainConfig, stores: Any, task: Task, student: Student, stages: tuple[Stage, ...], number: int
+) -> Job:
+    """Everything that can be refused is refused here, before the first stage is trained."""
+    stage, folder = stages[number], stage_folder(Path(str(config.output_dir)), stages, number)
+    evaluated = evaluation_split(config, stores)
+    args = training_arguments(config, stage, folder, evaluated, last=number == len(stages) - 1)
+    objective = make_objective(stage.terms, task.objective, stores[0].fields, args.seed)
+    train_rows = select(config, stores, student, objective, config.train_split, config.where)
+    eval_rows = select(config, stores, student, objective, evaluated) if evaluated else None
+    return Job(stage, folder, args, objective, train_rows, eval_rows)
 
 
-def check_same_run(output: Path, made: Mapping[str, Any]) -> None:
-    """Raises StoreMismatch where a run is continued from another store, with other rows or another loss."""
-    import json
-
-    if not (output / PROVENANCE).is_file():
-        return
-    before = json.loads((output / PROVENANCE).read_text(encoding="utf-8"))
-    for what, value in _resumed(made).items():
-        stored = _resumed(before)[what]
-        if canonical(stored) != canonical(value):
-            had, has = _apart(stored, value)
-            raise StoreMismatch(
-                f"{what} differs from the run in {output}: it had {short(had)}, this one has {short(has)}: "
-                "go on with the same, or start anew with --overwrite-output-dir"
-            )
+def rehearse(job: Job, student: Student) -> None:
+    """Does the student have the layers that this stage will ask for? Raises ConfigError."""
+    batch, accepted = collator(student)(first_row(job.train_rows)), accepted_inputs(student.model)
+    job.objective.attach(student.model, {name: value for name, value in batch.items() if name in accepted})
+    attach_projections(student.model, None)
 
 
-def _resumed(made: Mapping[str, Any]) -> dict[str, Any]:
-    arguments = made.get("training_arguments", {})
-    order = (
-        "seed",
-        "data_seed",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "train_sampling_strategy",
-    )
-    return {
-        "store": [store["sha256"] or store["fingerprint"] for store in made["stores"]],
-        "student": made["student"],
-        "loss terms": made["terms"],
-        "number of rows": made["rows"],
-        **{name: arguments.get(name) for name in order},
-    }
+def collator(student: Student) -> DataCollatorForDistillation:
+    return DataCollatorForDistillation(getattr(student.tokenizer, "pad_token_id", None) or 0)
 
 
-def _apart(ours: Any, theirs: Any) -> tuple[Any, Any]:
-    """What differs of two values that do: entries of dicts, the first entry of lists that are as long."""
-    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-        names = [name for name in {**ours, **theirs} if canonical(ours.get(name)) != canonical(theirs.get(name))]
-        return {name: ours.get(name) for name in names}, {name: theirs.get(name) for name in names}
-    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
-        pairs = zip(ours, theirs, strict=True)
-        return next(_apart(*pair) for pair in pairs if canonical(pair[0]) != canonical(pair[1]))
-    return ours, theirs
+def make_trainer(job: Job, task: Task, student: Student) -> DistillationTrainer:
+    trainer = DistillationTrainer(
+        model=student.model, args=job.args, objective=job.objective, train_dataset=job.train_rows,
+        eval_dataset=job.eval_rows, processing_class=student.tokenizer,
+        data_collator=collator(student), compute_metrics=task.compute_metrics,
+    )  # fmt: skip
+    show_progress(trainer)
+    return trainer
 
 
-def is_main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+def end_stage(trainer: DistillationTrainer, job: Job, metrics: Mapping[str, Any]) -> None:
+    """The student as it is, so that a run that is killed later goes on from here; its metrics last."""
+    trainer.save_model(str(job.folder))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        (job.folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; predistill.json says the same
+        write_json(job.folder / METRICS, metrics)
+
+
+def earlier_stages(jobs: list[Job]) -> dict[str, Any]:
+    return {job.stage.name: json.loads((job.folder / METRICS).read_text(encoding="utf-8")) for job in jobs}
 
 
 # ---- training and saving ----
 
 
-def training_arguments(config: TrainConfig, evaluated: str | None) -> DistillationConfig:
-    """DistillationConfig of a run. Raises ConfigError for a name or value that TrainingArguments refuses."""
+def training_arguments(
+    config: TrainConfig, stage: Stage, folder: Path, evaluated: str | None, last: bool = True
+) -> DistillationConfig:
+    """DistillationConfig of a stage. Raises ConfigError for a name or value that TrainingArguments refuses.
+
+    Before the last stage the head is not trained yet: such a stage is evaluated where it says so itself.
+    """
     known = {one.name for one in fields(DistillationConfig)}
-    for name in config.training_arguments:
-        if name not in known:
+    for name in {**config.training_arguments, **stage.given}:
+        if name not in known or name == "output_dir":
             raise ConfigError(f"{name} is not a field of transformers.TrainingArguments")
     own = {one.name: getattr(config, one.name) for one in fields(DistillationSettings)}
-    chosen = {"eval_strategy": "epoch" if evaluated else "no", **config.training_arguments}
+    chosen = {**stage.arguments, "eval_strategy": "epoch" if evaluated else "no", **config.training_arguments}
+    if not last:
+        chosen |= {"eval_strategy": "no", "load_best_model_at_end": False}
     try:
-        return DistillationConfig(output_dir=str(config.output_dir), **{**own, **chosen})
+        return DistillationConfig(output_dir=str(folder), **{**own, **chosen, **stage.given})
     except (ValueError, TypeError) as error:
         raise ConfigError(f"training arguments: {str(error).partition(chr(10))[0]}") from error
 

@@ -7,7 +7,6 @@ DistillationTrainer(model=student, args=DistillationConfig(output_dir="out"), tr
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -23,8 +22,9 @@ from ..store.errors import ConfigError, PredistillError
 from ..store.schema import LABELS
 from .collator import DataCollatorForDistillation
 from .config import DistillationConfig
-from .dataset import StoreDataLoader, is_store_rows, narrowed
-from .objective import Objective
+from .dataset import StoreDataLoader, first_row, gather_real, is_store_rows, narrowed
+from .objective import Objective, Totals, accepted_inputs
+from .projections import attach_projections, load_projections, projections_of, save_projections
 from .sampler import EvaluationBatchSampler, TrainBatchSampler, memory_bytes, window_of
 from .tasks import default_objective
 
@@ -61,13 +61,26 @@ class DistillationTrainer(Trainer):
         super().__init__(model=model, args=args, **more)
         self._given_objective = objective
         self._trained, self._windows, self._evaluated = Totals(), Totals(), Totals()
+        self._attach()
 
     @functools.cached_property
     def distillation_objective(self) -> Objective:
-        student = self.accelerator.unwrap_model(self.model)
         return self._given_objective or default_objective(
-            self.args.terms, [self.train_dataset, self.eval_dataset], student
+            self.args.terms, [self.train_dataset, self.eval_dataset], self._student
         )
+
+    def _attach(self) -> None:
+        """What the objective adds to the student is there before the optimizer looks for parameters."""
+        attach_projections(self._student, None)  # of an earlier stage
+        data = self.eval_dataset if self.train_dataset is None else self.train_dataset
+        if data is None or not self.distillation_objective.looks_inside:
+            return
+        if self.model_init is not None:
+            raise ConfigError("model_init would make another student than the one that is looked at; give model")
+        batch = self._prepare_inputs(self.data_collator(first_row(data)))
+        self.distillation_objective.attach(self._student, self._model_inputs(batch))
+        if self.optimizer is not None and projections_of(self._student) is not None:
+            raise ConfigError("optimizers leaves out the projections that are learnt; give optimizer_cls_and_kwargs")
 
     # ---- loss ----
 
@@ -124,14 +137,11 @@ class DistillationTrainer(Trainer):
 
     @functools.cached_property
     def _accepted_inputs(self) -> set[str]:
-        """Names that the student's forward takes, labels left out; empty where it takes any."""
-        student = self.accelerator.unwrap_model(self.model)
-        student = student.get_base_model() if hasattr(student, "get_base_model") else student  # of PEFT's
-        parameters = inspect.signature(student.forward).parameters
-        varying = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-        named = {name for name, one in parameters.items() if one.kind not in varying}
-        open_ended = any(one.kind == one.VAR_KEYWORD for one in parameters.values())
-        return set() if open_ended and "input_ids" not in named else named - {LABELS}
+        return accepted_inputs(self._student)
+
+    @property
+    def _student(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model)
 
     def _over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(values, "sum") if self.args.world_size > 1 else values
@@ -184,6 +194,22 @@ class DistillationTrainer(Trainer):
             found = self.distillation_objective.scores(self._over_ranks(totals.to(self.args.device)).cpu())
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         return output._replace(metrics=metrics)
+
+    # ---- checkpoints ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Projections are saved in checkpoints (internal calls), not with the student."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and self.args.should_save:
+            save_projections(self._student, str(output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_projections(self._student, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        load_projections(self._student, str(self.state.best_model_checkpoint))
 
     # ---- data ----
 
@@ -238,22 +264,3 @@ class DistillationTrainer(Trainer):
             everywhere = torch.tensor(held if self.args.process_index == 0 else 0, device=self.args.device)
             held = int(self._over_ranks(everywhere))
         return window_of(self.args.shuffle, rows.nbytes, len(rows), held)
-
-
-class Totals:
-    """Sums [n] that stay on their device until they are asked for."""
-
-    def __init__(self) -> None:
-        self.sums: torch.Tensor | None = None
-
-    def add(self, values: torch.Tensor) -> None:
-        self.sums = values if self.sums is None else self.sums + values
-
-    def drain(self) -> torch.Tensor | None:
-        sums, self.sums = self.sums, None
-        return sums
-
-
-def gather_real(accelerator: Any, loader: StoreDataLoader, values: torch.Tensor) -> torch.Tensor:
-    """Rows of all ranks one after another, without those that only fill the last batch."""
-    return accelerator.gather(values)[: loader.evaluated[0]]

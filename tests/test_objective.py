@@ -158,7 +158,7 @@ def test_settings_become_terms():
         ({"loss": "klx"}, "klx"),
         ({"loss": "kl:weight=2"}, "--alpha"),
         ({"preset": "tutorial", "loss": "mse"}, "has a loss of its own"),
-        ({"preset": "mine"}, "--preset is one of tutorial, nlp-architect"),
+        ({"preset": "mine"}, "--preset is one of tutorial, tutorial-layers"),
         ({"shuffle": "none"}, "--shuffle is one of auto, global, window"),
     ],
 )

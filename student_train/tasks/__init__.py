@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from torch import nn
@@ -14,8 +15,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ...store.errors import ConfigError
 from ..dataset import is_store_rows
-from ..losses.terms import REGRESSION, SINGLE_LABEL, Term
+from ..losses.catalogue import INNER, REGRESSION, SINGLE_LABEL
+from ..losses.terms import Term
 from ..objective import Objective
+from ..settings import DEFAULT_TEMPERATURE
 
 
 class Entry(NamedTuple):
@@ -72,25 +75,44 @@ def task_of(store: Any) -> Task:
     return getattr(importlib.import_module(f".{entry.module}", __name__), entry.name)(store)
 
 
-def default_objective(terms: Callable[[float], Sequence[Term]], datasets: Iterable[Any], model: nn.Module) -> Objective:
+def make_objective(
+    terms: Sequence[Term], outer: Callable[[Sequence[Term]], Objective], columns: Mapping[str, Any], seed: int
+) -> Objective:
+    """`outer`'s objective of the task, and around it the terms about what is inside, where there are any.
+
+    columns: what is known of the store's columns, by name: FieldSpec or None. seed: of projections.
+    """
+    inner = [term for term in terms if term.name in INNER]
+    if not inner:
+        return outer(terms)
+    from ..inner import InnerObjective
+
+    return InnerObjective(outer([term for term in terms if term.name not in INNER]), inner, columns, seed=seed)
+
+
+def default_objective(
+    terms: Callable[[float], Sequence[Term]], datasets: Iterable[Any], model: nn.Module, seed: int = 0
+) -> Objective:
     """Of a trainer that was given none: by the store of its rows, else by its model.
 
-    terms: the terms of a run, given the temperature where none was asked for.
+    terms: the terms of a run, given the temperature where none was asked for. seed: of projections.
     """
     flat = [one for dataset in datasets for one in (dataset.values() if isinstance(dataset, Mapping) else [dataset])]
     for rows in flat:
         if is_store_rows(rows):
             task = task_of(rows.store)
-            return task.objective(terms(task.temperature))
+            return make_objective(terms(task.temperature), task.objective, rows.store.fields, seed)
+    names = next((found for one in flat if (found := _columns(one))), [])
     student: Any = model
     student = student.get_base_model() if hasattr(student, "get_base_model") else student  # of PEFT's
     if type(student).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         from ..language import LanguageObjective
         from .causal_lm import CausalLM
 
-        columns = next((names for one in flat if (names := _columns(one))), [])
-        return LanguageObjective(terms(CausalLM.temperature), dict.fromkeys(columns))
-    return _classification(terms, getattr(student, "config", None))
+        columns = dict.fromkeys(names)
+        return make_objective(terms(CausalLM.temperature), lambda own: LanguageObjective(own, columns), columns, seed)
+    made = terms(DEFAULT_TEMPERATURE)
+    return make_objective(made, partial(_classification, getattr(student, "config", None)), dict.fromkeys(names), seed)
 
 
 def _columns(dataset: Any) -> list[str]:
@@ -100,10 +122,10 @@ def _columns(dataset: Any) -> list[str]:
     return list(dataset[0]) if hasattr(dataset, "__getitem__") and len(dataset) else []
 
 
-def _classification(terms: Callable[[float], Sequence[Term]], config: Any) -> Objective:
-    from .text_classification import ClassificationObjective, TextClassification
+def _classification(config: Any, terms: Sequence[Term]) -> Objective:
+    from .text_classification import ClassificationObjective
 
     if config is None:
         raise ConfigError("neither data nor model tells the kind of head; give the trainer an objective")
     kind = config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE_LABEL)
-    return ClassificationObjective(terms(TextClassification.temperature), kind, config.num_labels)
+    return ClassificationObjective(terms, kind, config.num_labels)

@@ -11,10 +11,12 @@ from torch import nn
 from ...store.errors import ConfigError, DataError
 from ...store.reader import TeacherRows
 from ...store.schema import ATTENTION_MASK, LABELS, LOGITS, MISSING_LABEL
+from ..losses.catalogue import MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
 from ..losses.rows import row_loss
-from ..losses.terms import MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL, Term, check_term
+from ..losses.terms import Term, check_term
 from ..metrics import agreement, compute_metrics_for
 from ..objective import Batch, Evaluated, Objective, Step, logits_of
+from ..settings import DEFAULT_TEMPERATURE
 from ..tokens import check_positions, retokenized
 
 
@@ -22,7 +24,7 @@ class TextClassification:
     """Students that label a text or a pair of texts, as tasks/__init__.py asks for them."""
 
     model_class = "AutoModelForSequenceClassification"
-    temperature = 2.0
+    temperature = DEFAULT_TEMPERATURE
     columns = (LOGITS,)
     pipeline = "text-classification"
     usage = ('classify = pipeline("text-classification", model="path/to/this/folder")', 'classify("…")')
@@ -123,7 +125,8 @@ class ClassificationObjective(Objective):
         return [LOGITS]  # for the agreement, whatever the terms read
 
     def counts(self, batch: Batch) -> torch.Tensor:
-        return torch.stack([self._mask(term, batch).sum() for term in self.terms])
+        found = [self._mask(term, batch).sum() for term in self.terms]
+        return torch.stack(found) if found else torch.zeros(0, dtype=torch.int64)
 
     def step(self, model: nn.Module, inputs: Batch, batch: Batch, counts: torch.Tensor) -> Step:
         outputs = model(**inputs)
@@ -136,10 +139,10 @@ class ClassificationObjective(Objective):
         if not all(name in batch for name in self.fields):
             return Evaluated(None, None, logits)
         sums, counts = self.sums(logits[:rows], batch), self.counts(batch)
-        found = [torch.zeros_like(sums[0])] * 2
+        found = [sums.new_zeros(())] * 2
         if LOGITS in batch and self.problem_type != REGRESSION:
             agreed = agreement(logits[:rows], batch[LOGITS], self.problem_type)
-            found = [agreed.sum(), torch.full_like(sums[0], agreed.numel())]
+            found = [agreed.sum(), sums.new_tensor(agreed.numel())]
         return Evaluated(self.combine(sums, counts), torch.stack([*sums, *counts.to(sums), *found]), logits)
 
     def scores(self, totals: torch.Tensor) -> dict[str, float]:
@@ -160,7 +163,7 @@ class ClassificationObjective(Objective):
         for term in self.terms:
             loss, valid = row_loss(term, logits, teacher, labels, problem_type=self.problem_type)
             found.append(torch.where(valid & self._mask(term, batch), loss, 0).sum())
-        return torch.stack(found)
+        return torch.stack(found) if found else logits.flatten()[:0].float()  # with a graph, for DDP
 
     def check_logits(self, logits: torch.Tensor) -> torch.Tensor:
         """[..., C], as many classes as the teacher has; a regression head may give [B]. Raises DataError."""

@@ -1,0 +1,219 @@
+"""The objective of a task, and losses of what is inside both models beside it.
+
+The student runs once, as its task runs it; what the losses of the inside need is recorded on the way (Sites). The
+teacher's side is columns of the store, in the dtype that they are stored in until a loss converts them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..store.activations import Sites
+from ..store.errors import ConfigError
+from ..store.schema import ATTENTION_MASK, FieldSpec
+from .inner_teacher import Sides, TeacherInside
+from .inner_terms import Comparison, compare, kinds_of, stored_for
+from .losses.terms import Term
+from .objective import Batch, Evaluated, Objective, Step, coefficients, term_names
+from .projections import Projections, attach_projections
+
+_OF_ATTENTION = {"attentions", "attention_scores", "queries", "keys", "values"}
+
+
+class InnerObjective(Objective):
+    """`outer`, an objective of a task, which may have no terms, and terms of INNER families after it.
+
+    store_fields: the columns of the store, by name. seed: of projections. Before `attach` has met the student, whose
+    depth the layer maps depend on, `fields` are all columns that a term may read. Raises ConfigError for a term that
+    the store has nothing for.
+    """
+
+    looks_inside = True
+
+    def __init__(
+        self, outer: Objective, terms: Sequence[Term], store_fields: Mapping[str, FieldSpec | None], *, seed: int = 0
+    ) -> None:
+        super().__init__([*outer.terms, *terms])
+        self.outer, self.inner, self.seed = outer, self.terms[len(outer.terms) :], seed
+        self.keeps_logits = outer.keeps_logits
+        self.teacher = TeacherInside(store_fields)
+        for term, name in zip(self.inner, self._inner_names, strict=True):
+            for kind in kinds_of(term, self.teacher):
+                self.teacher.check(kind, name)
+        self.comparisons: list[Comparison] = []
+        self._sites: Sites | None = None
+        self._projections: Projections | None = None
+
+    @property
+    def _inner_names(self) -> list[str]:
+        return term_names(self.terms)[len(self.outer.terms) :]
+
+    @property
+    def _columns(self) -> list[str]:
+        if self.comparisons:
+            return [name for one in self.comparisons for name in one.columns]
+        return [name for term in self.inner for name in stored_for(term, self.teacher)]
+
+    @property
+    def fields(self) -> list[str]:
+        return list(dict.fromkeys([*self.outer.fields, *self._columns]))
+
+    @property
+    def evaluation_fields(self) -> list[str]:
+        return list(dict.fromkeys([*self.outer.evaluation_fields, *self._columns]))
+
+    def attach(self, model: nn.Module, inputs: Batch) -> None:
+        """Find what the terms compare in the student, and give it its projections. Raises ConfigError.
+
+        inputs: of a batch, of which a few rows are run.
+        """
+        self.outer.attach(model, inputs)
+        kinds = {kind for term in self.inner for kind in kinds_of(term, self.teacher)}
+        sites = self._sites = find_sites(model, inputs, kinds)
+        named = zip(self.inner, self._inner_names, strict=True)
+        self.comparisons = [compare(term, name, self.teacher, sites) for term, name in named]
+        maps = {key: one for comparison in self.comparisons for key, one in comparison.projections.items()}
+        weight = next(model.parameters())
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        made = Projections(maps, seed=self.seed, device=weight.device, dtype=dtype) if maps else None
+        for comparison in self.comparisons:
+            rehearse(comparison, made)
+        self._projections = made
+        attach_projections(model, made)
+
+    # ---- training ----
+
+    def counts(self, batch: Batch) -> Tensor:
+        self._check(batch)
+        sides = Sides(batch, self.teacher)
+        inner = torch.stack([one.count(sides) for one in self.comparisons])
+        return torch.cat([self.outer.counts(batch).to(inner.device), inner])
+
+    def step(self, model: nn.Module, inputs: Batch, batch: Batch, counts: Tensor) -> Step:
+        own = len(self.outer.terms)
+        with self._recording() as found, self._reached(model):
+            loss, sums, outputs = self.outer.step(model, inputs, batch, counts[:own])
+        inner = self._sums(batch, found, self.comparisons)
+        each = coefficients(self.inner, counts[own:].to(inner))
+        return Step(loss + (each * inner).sum(), torch.cat([sums.to(inner), inner.detach()]), outputs)
+
+    def _sums(self, batch: Batch, found: Mapping[Any, Tensor], comparisons: Sequence[Comparison]) -> Tensor:
+        """[comparisons], float32 or wider."""
+        sides = Sides(batch, self.teacher, found, self._projections)
+        return torch.stack([one.total(sides) for one in comparisons])
+
+    def _check(self, batch: Batch) -> None:
+        for one in self.comparisons:
+            if missing := [name for name in one.columns if name not in batch]:
+                raise ConfigError(f"the term {one.name!r} needs {missing[0]}, which these rows do not have")
+
+    def _recording(self) -> contextlib.AbstractContextManager[dict[Any, Tensor]]:
+        assert self._sites is not None, "attach comes first"
+        wanted: dict[str, dict[int, None]] = {}
+        for kind, layer in (key for one in self.comparisons for key in one.wanted):
+            wanted.setdefault(kind, {})[layer] = None
+        return self._sites.recording({kind: tuple(layers) for kind, layers in wanted.items()})
+
+    @contextlib.contextmanager
+    def _reached(self, model: nn.Module) -> Iterator[None]:
+        """DDP takes parameters that the outputs do not depend on for unused; here they depend on the projections'."""
+        if self._projections is None or not isinstance(model, DistributedDataParallel):
+            yield
+            return
+        weights = list(self._projections.parameters())
+        student = extract_model_from_parallel(model, keep_torch_compile=False)
+        hook = student.register_forward_hook(lambda _, __, outputs: depending(outputs, weights))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    # ---- evaluation ----
+
+    def evaluate(self, model: nn.Module, inputs: Batch, batch: Batch, rows: int) -> Evaluated:
+        with self._recording() as found:
+            made = self.outer.evaluate(model, inputs, batch, rows)
+        if made.totals is None:
+            return made
+        batch = {name: value[:rows] for name, value in batch.items()}
+        known = [one for one in self.comparisons if all(name in batch for name in one.columns)]
+        places = [at for at, one in enumerate(self.comparisons) if one in known]
+        found_totals = torch.zeros(2, len(self.comparisons), dtype=torch.float64)
+        loss = None
+        if known:
+            sums, sides = self._sums(batch, found, known), Sides(batch, self.teacher)
+            counts = torch.stack([one.count(sides) for one in known])
+            found_totals[:, places] = torch.stack([sums, counts.to(sums)]).cpu().double()
+            if made.loss is not None and len(known) == len(self.comparisons):
+                loss = made.loss + (coefficients(self.inner, counts.to(sums)) * sums).sum()
+        return Evaluated(loss, torch.cat([made.totals.cpu().double(), found_totals.flatten()]), made.logits)
+
+    def scores(self, totals: Tensor) -> dict[str, float]:
+        """totals: the outer objective's, then sums and counts of the terms of the inside."""
+        size = len(self.inner)
+        found = dict(self.outer.scores(totals[: -2 * size]))
+        sums, counts = totals[-2 * size :].tolist()[:size], totals[-size:].tolist()
+        loss = found.pop("loss", None)
+        for term, name, value, count in zip(self.inner, self._inner_names, sums, counts, strict=True):
+            if count:
+                found[f"loss_{name}"] = value / count
+                loss = None if loss is None else loss + term.weight * value / count
+        return {"loss": loss, **found} if loss is not None and all(counts) else found
+
+
+def find_sites(model: nn.Module, inputs: Batch, kinds: set[str]) -> Sites:
+    """Where the student's inside is. Attention by queries and keys, without eager attention, wherever that can be."""
+    asked = kinds & _OF_ATTENTION
+    if not asked:
+        return Sites.find(model, inputs)
+    try:
+        return Sites.find(model, inputs, attention="queries-keys")
+    except ConfigError:
+        if asked != {"attentions"}:
+            raise
+        return Sites.find(model, inputs, attention="eager")
+
+
+@torch.no_grad()
+def rehearse(comparison: Comparison, projections: Projections | None) -> None:
+    """Compute the loss of zeros of the shapes that both sides have. Raises ConfigError where they do not suit it."""
+    teacher, rows, tokens = comparison.teacher, 2, 2
+    batch = {ATTENTION_MASK: torch.ones(rows, tokens, dtype=torch.int64)}
+    for name in comparison.columns:
+        sizes = [tokens if isinstance(size, str) else size for size in teacher.specs[name].shape]
+        batch[name] = torch.zeros(rows, *sizes)
+    found = {}
+    for key in comparison.wanted:
+        shape = comparison.student.shapes[key]
+        square = key[0] in ("attentions", "attention_scores")
+        middle = (*shape, tokens, tokens) if square else shape if key[0] == "pooled" else (tokens, *shape)
+        found[key] = torch.zeros(rows, *middle)
+    device = None if projections is None else next(projections.parameters()).device
+    sides = Sides(_on(batch, device), teacher, _on(found, device), projections)
+    try:
+        comparison.total(sides)
+    except ValueError as error:
+        raise ConfigError(f"the term {comparison.name!r}: {error}") from error
+
+
+def _on(values: Mapping[Any, Tensor], device: torch.device | None) -> dict[Any, Tensor]:
+    return {name: value.to(device) for name, value in values.items()}
+
+
+def depending(outputs: Any, weights: Sequence[Tensor]) -> Any:
+    """A model's outputs, the first tensor of which depends on `weights`, by nothing."""
+    if isinstance(outputs, Tensor):
+        return outputs + torch.cat([weight.flatten()[:0] for weight in weights]).sum().to(outputs.dtype)
+    if isinstance(outputs, Mapping):
+        name = "logits" if "logits" in outputs else next(iter(outputs))
+        outputs[name] = depending(outputs[name], weights)  # type: ignore[index]
+        return outputs
+    first, *others = outputs
+    return (depending(first, weights), *others)
