@@ -146,7 +146,7 @@ def teacher_accuracy() -> float:
 
 
 def report(names: list[str], seeds: tuple[int, ...]) -> None:
-    runs = [Run(name, seed, *ARMS[name][1:]) for seed in seeds for name in names]
+    runs = [Run(name, seed, ARMS[name].epochs, ARMS[name].inner, ARMS[name].rate) for seed in seeds for name in names]
     accuracy = dict(zip(runs, all_of(runs), strict=True))
     rows: list[list[object]] = [["the teacher", "", *("" for _ in seeds), f"{100 * teacher_accuracy():.1f}", ""]]
     for name in names:
@@ -159,10 +159,10 @@ def report(names: list[str], seeds: tuple[int, ...]) -> None:
 
 def tune(names: list[str]) -> None:
     """Epochs and learning rates on rows that are held out, one seed."""
-    grid = [(1, None), (3, None), (6, None)], [(3, 5)]
+    grid: tuple[list[tuple[float, float | None]], ...] = [(1, None), (3, None), (6, None)], [(3, 5)]
     runs = [
-        Run(name, 1, *epochs, rate, True)
-        for name in names for epochs in grid[ARMS[name].inner is not None] for rate in (3e-4, 1e-3)
+        Run(name, 1, epochs, inner, rate, True)
+        for name in names for epochs, inner in grid[ARMS[name].inner is not None] for rate in (3e-4, 1e-3)
     ]  # fmt: skip
     found = [[*run[:5], f"{100 * value:.1f}"] for run, value in zip(runs, all_of(runs), strict=True)]
     table(["arm", "seed", "epochs", "epochs before", "learning rate", "accuracy on held-out training rows"], found)

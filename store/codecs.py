@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .errors import ConfigError, DataError
-from .schema import ARROW_TYPES, FieldSpec, entry_width, is_list, is_ragged, symbols
+from .schema import ARROW_TYPES, LOGITS, FieldSpec, entry_width, is_list, is_ragged, symbols
 
 _BLOCK = 1 << 18  # values looked at together: 512 KB stay in the cache
 INT8_BLOCK = 128  # values that share a scale
@@ -233,8 +233,24 @@ def parts_of(spec: FieldSpec) -> tuple[Part, ...]:
     return codec_of(spec).parts(spec)
 
 
+def stored_parts(spec: FieldSpec) -> tuple[str, ...]:
+    """What a batch calls the parts of a field that it holds as they are stored; none where they are the values.
+
+    `<column>.values` int8 and `<column>.scales` float32 of int8, `<column>.bits` uint16 of bfloat16. A reader of such
+    a batch decodes where it computes, on a GPU for one, so that fewer bytes travel.
+    """
+    if any(size in ("P", "K") for size in spec.shape):
+        return ()
+    if spec.codec == "int8":
+        return tuple(f"{spec.name}.{part.name}" for part in parts_of(spec))
+    return (f"{spec.name}.bits",) if (spec.codec, spec.dtype) == ("dense", "bfloat16") else ()
+
+
 def bytes_per_row(fields: Sequence[FieldSpec], lengths: Mapping[str, float]) -> float:
-    """Bytes of one row with these lengths ({"S": 27.5}), starts included; whole-column codecs count as zero."""
+    """Bytes of one row with these lengths ({"S": 27.5}), starts included; whole-column codecs count as zero.
+
+    Lengths may be means over many rows; (H, "S", "S") takes "SS", the mean of S², where it is given.
+    """
     total = 8 + 4 + 16.0  # source_index, view, content_hash
     for spec in fields:
         for part in parts_of(spec) if spec.codec not in WHOLE_COLUMN else ():
@@ -248,7 +264,9 @@ def _entries(part: Part, lengths: Mapping[str, float]) -> float:
     if is_ragged(part.shape):
         return lengths.get(str(part.shape[0]), 0) * part.sizes(lengths.get("K", 0))
     sizes = part.shape[:1] if is_list(part.shape) else part.shape
-    return math.prod(lengths.get(size, 0) if isinstance(size, str) else size for size in sizes)
+    fixed = math.prod(size for size in sizes if not isinstance(size, str))
+    varying = symbols(sizes)
+    return fixed * lengths.get("".join(varying), math.prod(lengths.get(size, 0) for size in varying))
 
 
 def check_values(values: np.ndarray, spec: FieldSpec, row_of: Callable[[int], Any]) -> None:
@@ -270,6 +288,7 @@ def check_values(values: np.ndarray, spec: FieldSpec, row_of: Callable[[int], An
             "and at the teacher's own dtype (float16 teachers overflow; bfloat16 or float32 ones do not)"
         )
     holds = "float32" if spec.dtype == "bfloat16" or abs(worst) > LIMITS["bfloat16"] else "bfloat16 or float32"
+    holds += "" if spec.name == LOGITS else ", or int8"
     raise DataError(
         f"field {spec.name}: {worst:.6g} at source row {row} is more than {spec.dtype} holds "
         f"({limit:.6g}): dump with --dtype {holds}"

@@ -9,14 +9,14 @@ twice (docs/experiments.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from . import schema
-from .codecs import WHOLE_COLUMN, Part, codec_of, parts_of
+from .codecs import WHOLE_COLUMN, Part, codec_of, parts_of, stored_parts
 from .errors import StoreCorrupt
 from .mapped import MappedShard
 from .rows import BatchRows, Extent
@@ -53,11 +53,15 @@ class Gather:
     """Decoded, right-padded batches of some fields from a list of shards.
 
     open_shard(k) maps shard k; it is called at the first row that touches it. first_row: int64 [shards + 1],
-    sample_id of each shard's first row.
+    sample_id of each shard's first row. stored: columns that are not decoded: their parts come as `stored_parts` names
+    them.
     """
 
-    def __init__(self, fields: Sequence[FieldSpec], first_row: np.ndarray, open_shard: Callable[[int], MappedShard]):
-        self.fields, self.first_row, self.mapped = list(fields), first_row, open_shard
+    def __init__(
+        self, fields: Sequence[FieldSpec], first_row: np.ndarray, open_shard: Callable[[int], MappedShard],
+        stored: Collection[str] = (),
+    ):  # fmt: skip
+        self.fields, self.first_row, self.mapped, self.stored = list(fields), first_row, open_shard, stored
         self.parts = {spec.name: parts_of(spec) for spec in fields if spec.codec not in WHOLE_COLUMN}
         self._extents: dict[int, dict[tuple[str, str], Extent]] = {}
         self.ragged = any(schema.symbols(part.shape) for parts in self.parts.values() for part in parts)
@@ -78,6 +82,9 @@ class Gather:
                 out[spec.name] = self._ragged(spec, rows, slot)
                 continue
             parts = [self._take(spec, part, rows, slot) for part in self.parts[spec.name]]
+            if spec.name in self.stored:
+                out |= dict(zip(stored_parts(spec), parts, strict=True))
+                continue
             out[spec.name] = _widen(codec_of(spec).decode(parts, spec), spec, slot)
             if spec.name == schema.INPUT_IDS:
                 out[schema.ATTENTION_MASK] = _mask(rows.lengths(spec.name, "S"), slot, schema.ATTENTION_MASK)

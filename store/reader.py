@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ import duckdb
 import numpy as np
 
 from . import manifest, schema
-from .codecs import WHOLE_COLUMN
+from .codecs import WHOLE_COLUMN, stored_parts
 from .errors import ConfigError
 from .gather import Allocate, Gather, Slot, allocate
 from .index import Index, fill
@@ -143,21 +143,28 @@ class TeacherStore:
 
 
 class TeacherRows:
-    """Some rows of a store, in source order, with some of its fields. Safe to pickle and to fork."""
+    """Some rows of a store, in source order, with some of its fields. Safe to pickle and to fork.
 
-    def __init__(self, store: TeacherStore, ids: np.ndarray | range, fields: Sequence[FieldSpec], split: str | None):
+    stored: of these fields, those whose bfloat16 or int8 is not decoded (codecs.stored_parts).
+    """
+
+    def __init__(
+        self, store: TeacherStore, ids: np.ndarray | range, fields: Sequence[FieldSpec], split: str | None,
+        stored: Collection[str] = (),
+    ):  # fmt: skip
         self.store, self._ids, self.specs, self.split = store, ids, list(fields), split
-        self._gather = Gather(self.specs, store.first_row, store.mapped)
+        self.stored = frozenset(spec.name for spec in fields if spec.name in stored and stored_parts(spec))
+        self._gather = Gather(self.specs, store.first_row, store.mapped, self.stored)
 
     @property
     def fields(self) -> dict[str, FieldSpec]:
         return {spec.name: spec for spec in self.specs}
 
-    def with_fields(self, names: Sequence[str]) -> TeacherRows:
-        """The same rows with inputs, labels and those of `names` that are stored."""
+    def with_fields(self, names: Sequence[str], stored: Collection[str] = ()) -> TeacherRows:
+        """The same rows with inputs, labels and those of `names` that are in the store, `stored` as they are there."""
         wanted = {*ALWAYS, *names, *_companions(self.store.fields, [n for n in names if n in self.store.fields])}
         specs = [spec for name, spec in self.store.fields.items() if name in wanted]
-        return TeacherRows(self.store, self._ids, specs, self.split)
+        return TeacherRows(self.store, self._ids, specs, self.split, stored)
 
     @property
     def sample_ids(self) -> np.ndarray:
@@ -227,7 +234,7 @@ class TeacherRows:
         return self[list(keys)]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.store, self._ids, [spec.name for spec in self.specs], self.split)
+        return _reopen, (self.store, self._ids, [spec.name for spec in self.specs], self.split, self.stored)
 
     def _resolve(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """int64 sample_ids of indices into these rows; negative ones count from the end."""
@@ -276,8 +283,10 @@ class _MemoryIndex(Index):
         fill(self._connection, folder, made)
 
 
-def _reopen(store: TeacherStore, ids: np.ndarray | range, names: list[str], split: str | None) -> TeacherRows:
-    return TeacherRows(store, ids, [store.fields[name] for name in names], split)
+def _reopen(
+    store: TeacherStore, ids: np.ndarray | range, names: list[str], split: str | None, stored: Collection[str]
+) -> TeacherRows:
+    return TeacherRows(store, ids, [store.fields[name] for name in names], split, stored)
 
 
 def _companions(fields: Mapping[str, FieldSpec], chosen: Sequence[str]) -> list[str]:

@@ -25,7 +25,8 @@ class DataCollatorForDistillation:
 
     def __call__(self, features: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         batch = features if isinstance(features, Mapping) else self._pad(features)
-        return {name: tensor for name, value in batch.items() if (tensor := as_tensor(value)) is not None}
+        found = ((name, as_tensor(value, keep="." in name)) for name, value in batch.items())  # a part as it is stored
+        return {name: tensor for name, tensor in found if tensor is not None}
 
     def _pad(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
         batch = {}
@@ -56,13 +57,13 @@ def pad_rows(values: Sequence[np.ndarray], pad: int) -> np.ndarray:
     return batch
 
 
-def as_tensor(value: Any) -> torch.Tensor | None:
-    """A tensor over the same memory where the dtype is kept; None for what is no numeric array."""
+def as_tensor(value: Any, keep: bool = False) -> torch.Tensor | None:
+    """A tensor over the same memory where the dtype is kept; None for what is no numeric array. keep: it always is."""
     if isinstance(value, torch.Tensor):
         return value
     array = np.asarray(value)
     if array.dtype.kind not in "biuf":
         return None
-    if array.dtype.kind in "iu":
+    if array.dtype.kind in "iu" and not keep:
         array = array.astype(np.int64, copy=False)
     return torch.from_numpy(array)

@@ -23,9 +23,12 @@ def is_store_rows(dataset: Any) -> bool:
     return callable(getattr(dataset, "batches", None)) and hasattr(dataset, "lengths")
 
 
-def narrowed(rows: Any, fields: Sequence[str]) -> Any:
-    """The same rows with inputs, labels and those of `fields` that are stored; no other column is read."""
-    return rows.with_fields(fields) if isinstance(rows, TeacherRows) else rows.narrowed(fields)
+def narrowed(rows: Any, fields: Sequence[str], stored: Sequence[str] = ()) -> Any:
+    """The same rows with inputs, labels and those of `fields` that are in the store; no other column is read.
+
+    stored: columns to be had as they are stored, not decoded.
+    """
+    return rows.with_fields(fields, stored) if isinstance(rows, TeacherRows) else rows.narrowed(fields, stored)
 
 
 def first_row(dataset: Any) -> Any:
@@ -115,8 +118,11 @@ class ConcatRows:
         self.lengths = np.concatenate([part.lengths for part in self.parts])
         self.nbytes = sum(part.nbytes for part in self.parts)
 
-    def narrowed(self, fields: Sequence[str]) -> ConcatRows:
-        return ConcatRows([narrowed(part, fields) for part in self.parts], self.pads)
+    def narrowed(self, fields: Sequence[str], stored: Sequence[str] = ()) -> ConcatRows:
+        """Columns that the stores keep in different ways are decoded."""
+        specs = [part.store.fields for part in self.parts]
+        alike = [name for name in stored if all(one.get(name) == specs[0].get(name) for one in specs)]
+        return ConcatRows([narrowed(part, fields, alike) for part in self.parts], self.pads)
 
     def __len__(self) -> int:
         return int(self.starts[-1])

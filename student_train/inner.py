@@ -23,6 +23,7 @@ from .inner_terms import Comparison, compare, kinds_of, stored_for
 from .losses.terms import Term
 from .objective import Batch, Evaluated, Objective, Step, coefficients, term_names
 from .projections import Projections, attach_projections
+from .stored import StoredBatch
 
 _OF_ATTENTION = {"attentions", "attention_scores", "queries", "keys", "values"}
 
@@ -69,6 +70,11 @@ class InnerObjective(Objective):
     def evaluation_fields(self) -> list[str]:
         return list(dict.fromkeys([*self.outer.evaluation_fields, *self._columns]))
 
+    @property
+    def stored_fields(self) -> list[str]:  # type: ignore[override]
+        read_by_others = {*self.outer.fields, *self.outer.evaluation_fields}
+        return [name for name in dict.fromkeys(self._columns) if name not in read_by_others]
+
     def attach(self, model: nn.Module, inputs: Batch) -> None:
         """Find what the terms compare in the student, and give it its projections. Raises ConfigError.
 
@@ -111,7 +117,7 @@ class InnerObjective(Objective):
 
     def _check(self, batch: Batch) -> None:
         for one in self.comparisons:
-            if missing := [name for name in one.columns if name not in batch]:
+            if missing := [name for name in one.columns if name not in StoredBatch(batch, self.teacher.specs)]:
                 raise ConfigError(f"the term {one.name!r} needs {missing[0]}, which these rows do not have")
 
     def _recording(self) -> contextlib.AbstractContextManager[dict[Any, Tensor]]:
@@ -143,7 +149,8 @@ class InnerObjective(Objective):
         if made.totals is None:
             return made
         batch = {name: value[:rows] for name, value in batch.items()}
-        known = [one for one in self.comparisons if all(name in batch for name in one.columns)]
+        there = StoredBatch(batch, self.teacher.specs)
+        known = [one for one in self.comparisons if all(name in there for name in one.columns)]
         places = [at for at, one in enumerate(self.comparisons) if one in known]
         found_totals = torch.zeros(2, len(self.comparisons), dtype=torch.float64)
         loss = None

@@ -18,6 +18,7 @@ from ..store.schema import ATTENTION_MASK, POSITION_IDS, FieldSpec, layer_column
 from .layers import Pairs, layer_map, stored_columns
 from .objective import Batch
 from .projections import Projections
+from .stored import StoredBatch
 
 POOLED = "pooled"
 POOLED_COLUMN = "teacher_pooled"
@@ -123,7 +124,8 @@ class Sides:
     ) -> None:  # fmt: skip
         if ATTENTION_MASK not in batch:
             raise ConfigError("losses of what is inside a model need attention_mask, which these rows do not have")
-        self._batch, self._teacher, self._found, self._projections = batch, teacher, found or {}, projections
+        self._batch = StoredBatch(batch, teacher.specs)
+        self._teacher, self._found, self._projections = teacher, found or {}, projections
         self.mask = batch[ATTENTION_MASK].bool()  # [B, S]
         self._visible: dict[tuple[Any, ...], Tensor] = {}
 

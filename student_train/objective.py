@@ -57,6 +57,7 @@ class Objective(ABC):
     """
 
     keeps_logits: bool  # for compute_metrics
+    stored_fields: Sequence[str] = ()  # of `fields`, those that it decodes itself, where it computes
     looks_inside = False  # does `attach` look at the student?
 
     def __init__(self, terms: Sequence[Term]) -> None:

@@ -70,7 +70,8 @@ def train(settings: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / PROVENANCE, made)
     if start.done:
-        student.model = type(student.model).from_pretrained(jobs[start.done - 1].folder, dtype=torch.float32)
+        kind: Any = type(student.model)
+        student.model = kind.from_pretrained(jobs[start.done - 1].folder, dtype=torch.float32)
 
     trained: dict[str, dict[str, Any]] = {}
     for number, job in enumerate(jobs[start.done :], start.done):

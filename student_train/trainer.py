@@ -216,7 +216,8 @@ class DistillationTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         if not is_store_rows(self.train_dataset):
             return super().get_train_dataloader()
-        args, rows = self.args, narrowed(self.train_dataset, self.distillation_objective.fields)
+        args, objective = self.args, self.distillation_objective
+        rows = narrowed(self.train_dataset, objective.fields, objective.stored_fields)
         if not len(rows):
             raise ConfigError("there are no rows to train on; check the split and --where")
         grouped = args.train_sampling_strategy == "group_by_length"
@@ -241,7 +242,8 @@ class DistillationTrainer(Trainer):
         return self._evaluation_loader(test_dataset) if rows else super().get_test_dataloader(test_dataset)
 
     def _evaluation_loader(self, rows: Any) -> StoreDataLoader:
-        args, rows = self.args, narrowed(rows, self.distillation_objective.evaluation_fields)
+        args, objective = self.args, self.distillation_objective
+        rows = narrowed(rows, objective.evaluation_fields, objective.stored_fields)
         sampler = EvaluationBatchSampler(
             len(rows), args.eval_batch_size, rank=args.process_index, world_size=args.world_size
         )

@@ -1,4 +1,5 @@
-"""How logits are kept, settled before the plan is made: as asked for, as a budget allows, as an earlier run settled."""
+"""How logits, and what is inside the teacher, are kept, settled before the plan is made: as asked for, as a budget
+allows, as an earlier run settled."""
 
 from __future__ import annotations
 
@@ -7,15 +8,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..store import FieldSpec, manifest
+from ..store import ConfigError, FieldSpec, manifest
 from . import planning
 from .capture import Capture, token_batches
 from .config import CHOSEN_BY_BUDGET, DumpConfig
 from .fidelity import Candidate, Distributions, choose
-from .tasks import Task
+from .inner import Way
+from .inner_fidelity import Cost
+from .inner_pilot import InnerPilot
+from .layers import EXACT, HEAD_MEAN, QUERIES_KEYS, SQUARE
+from .tasks import TASKS, Task
 from .token_logits import TokenLogits
 
 _ROWS = 8  # of the pilot at a time
+_LADDER = tuple(  # of what is inside the teacher, the best first: heads are lost last
+    Way(storage, dtype)
+    for storages in ((EXACT, QUERIES_KEYS), (HEAD_MEAN,))
+    for dtype in ("float16", "int8")
+    for storage in storages
+)
+_INNER_SHARE = 0.5  # of a budget that is shared with the logits of a language model, where some way needs no more
 ENTRIES = "entries_per_token"  # setting of a plan: measured, and taken over by the runs that continue it
 
 
@@ -63,6 +75,11 @@ def earlier(config: DumpConfig, folder: Path) -> Choice | None:
     return Choice(config, float(said.get(ENTRIES, 0)))
 
 
+def is_about_logits(config: DumpConfig) -> bool:
+    """Are there ways of keeping these logits to choose from?"""
+    return "logits" in config.fields and "top_k_logits" in TASKS[config.task].settings
+
+
 def must_measure(config: DumpConfig, fields: Sequence[FieldSpec]) -> bool:
     """Does the size of the store depend on what the teacher says?"""
     return config.budget is not None or any("K" in spec.shape for spec in fields)
@@ -91,6 +108,43 @@ def settle(
         return Choice(config, 0.0, tuple(found))
     varies = any("K" in spec.shape for spec in TokenLogits(_with(config, chosen), kept.vocabulary).fields(symbol))
     return Choice(_with(config, chosen), float(f"{chosen.entries:.3g}") if varies else 0.0, tuple(found), chosen)
+
+
+def settle_inner(
+    inside: InnerPilot, fields: Sequence[FieldSpec], rows: int, budget: int, share: bool
+) -> tuple[Way, list[Cost]]:
+    """The first way of the ladder that a budget (half of it, where it is to `share`) has room for, or the smallest; and
+    what was measured.
+
+    fields: the others of the store; rows: of the source. float16 is passed over where it cannot hold the pilot rows.
+    Raises ConfigError where nothing fits.
+    """
+    inside.check_held(inside.inner(Way(EXACT, "int8")))  # which holds all that is finite
+    costs, sizes = inside.costs(("float16", "int8")), {}
+    overflown = {cost.way.dtype for cost in costs if not cost.fits}
+    for way in _LADDER:
+        if way.storage in inside.storages and way.dtype not in overflown:
+            size = planning.sized(inside.pilot, [*fields, *inside.inner(way).specs])
+            sizes[way] = planning.room(size, rows, rows)
+    smallest = min(sizes, key=lambda way: sizes[way])
+    if sizes[smallest] > budget:
+        raise ConfigError(
+            f"--budget {budget / 1e6:.3g} MB: the smallest store would have {sizes[smallest] / 1e6:.3g} MB "
+            f"({smallest.name}); give that much, fewer --layers or fewer --fields"
+        )
+    allowed = budget * (_INNER_SHARE if share else 1)
+    return next((way for way in sizes if sizes[way] <= allowed), smallest), costs
+
+
+def inner_line(way: Way, costs: Sequence[Cost]) -> str:
+    """What was chosen of what is inside, and what it costs."""
+    own = [cost for cost in costs if cost.way.dtype == way.dtype and cost.way.storage in (way.storage, EXACT)]
+    chosen = {cost.field: cost for cost in own if cost.way.storage == way.storage or cost.field not in SQUARE}
+    told = [
+        f"{cost.field} as {cost.codec}, {cost.bytes_per_token:.0f} bytes a token, relative error {cost.relative_l2:.1g}"
+        for cost in chosen.values()
+    ]
+    return "the budget allows " + "; ".join(told)
 
 
 def _asked_for(kept: TokenLogits, found: list[Candidate]) -> Candidate | None:

@@ -40,11 +40,11 @@ class Captured:
             self._copied.record()
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Whole numbers as they are, others as float32; waits for the device."""
+        """float32; whole numbers, and columns that are float16 already, as they are. Waits for the device."""
         if self._copied is not None:
             self._copied.synchronize()
         return {
-            name: (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+            name: (tensor if _is_stored_so(name, tensor) else tensor.float()).numpy()
             for name, tensor in self._fields.items()
         }
 
@@ -68,7 +68,7 @@ class Capture:
 
     def __call__(self, samples: Samples, rows: np.ndarray, **given: Any) -> Captured:
         """rows: int64 [B], positions in `samples`. `given` goes to the task's forward."""
-        inputs = {name: self._send(array) for name, array in self._task.collate(samples, rows).items()}
+        inputs = self.inputs(samples, rows)
         began = self._now()
         try:
             with torch.inference_mode():
@@ -80,6 +80,10 @@ class Capture:
                 raise self._out_of_memory(inputs) from error
             raise
         return Captured(fields, began, self._now())
+
+    def inputs(self, samples: Samples, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        """What the model is given for these rows, on its device."""
+        return {name: self._send(array) for name, array in self._task.collate(samples, rows).items()}
 
     def running(self, task: Task) -> Capture:
         """The same model, running another task of it."""
@@ -113,6 +117,10 @@ def _first_device(model: torch.nn.Module) -> torch.device | None:
     """Where the inputs of a model that is spread over devices go; None where it is not spread."""
     places = list(getattr(model, "hf_device_map", {}).values())
     return torch.device("cpu" if places[0] == "disk" else places[0]) if places else None
+
+
+def _is_stored_so(name: str, tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or (tensor.dtype == torch.float16 and name.startswith("teacher_"))
 
 
 def _start_copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -49,6 +49,11 @@ The licences of the teacher and of the dataset hold for what was made from them.
 {%- for spec in plan.fields %}
 | `{{ spec.name }}` | {{ spec.shape | join(" × ") or "1" }} | {{ spec.dtype }} | {{ spec.codec }} | {{ spec.role }} |
 {%- endfor %}
+{%- if layered %}
+
+Of columns that end in a number, `teacher_hidden_states_00` are the embeddings and `_NN` what comes after block NN; all
+others count blocks from `_00`. `H × S × S` is [head, query, key]. Their parameters stand in `store.json`.
+{%- endif %}
 
 `index.duckdb` and `samples.parquet` hold one row a sample: its address, length, label, and the columns of role summary.
 
@@ -112,7 +117,7 @@ def dataset_card(plan: Plan, committed: dict[str, dict[str, int]], name: str) ->
         head, template_str=_TEMPLATE, plan=plan, name=name, teacher=teacher, dataset=dataset, samples=samples,
         weights=f"weights sha256 {sha256[:12]}" if sha256 else f"commit {teacher['commit']}",
         revision=f"revision {revision}, " if revision else "", splits=list(splits.values()),
-        first_shard=plan.shards[0].name,
+        first_shard=plan.shards[0].name, layered=any("layers" in spec.parameters for spec in plan.fields),
     )  # fmt: skip
     return str(card)
 

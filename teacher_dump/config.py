@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..store.errors import ConfigError
+from .layers import EXACT, INNER, LAYERED, SQUARE, STORAGES, attention_source, check_layers
 from .tasks import TASKS
 
 DTYPES = ("float16", "bfloat16", "float32", "int8")
@@ -76,11 +77,26 @@ class DumpConfig:
     problem_type: str = _setting(
         AUTO, "Kind of head; auto asks the teacher's config, then the labels.", choices=PROBLEM_TYPES
     )
-    fields: list[str] = _list(["logits"], "Teacher outputs to keep.")
-    layers: str | None = _setting(None, "Layers of fields that have layers; logits have none.")
+    fields: list[str] = _list(
+        ["logits"], f"Teacher outputs to keep, any of logits, {', '.join(INNER)}: all but logits and pooled by layer."
+    )
+    layers: str | None = _setting(
+        None,
+        "Layers to keep: all, last, uniform:4 or 0,3,6. 0 is the embeddings, n is after block n, or inside it for "
+        "attentions; uniform:4 is what a student of 4 blocks pairs with, embeddings included. Default: all.",
+    )
+    attention_storage: str = _setting(
+        EXACT,
+        "How attentions are kept: exact; queries-keys, from which training makes them again; or head-mean.",
+        choices=STORAGES,
+    )
+    capture: list[str] = _list([], "Modules of the teacher, by name, whose outputs to keep too.")
     keep_columns: list[str] = _list([], "Source columns to carry into the store, for queries.")
     dtype: str = _setting(
-        "float16", "How teacher outputs are stored; int8 is for the top k logits of language models.", choices=DTYPES
+        "float16",
+        "How teacher outputs are stored; int8 is for what is inside the teacher and for the top k logits of language "
+        "models, and leaves other logits in float16.",
+        choices=DTYPES,
     )
     top_k_logits: int | None = _setting(
         None,
@@ -105,7 +121,8 @@ class DumpConfig:
     )
     budget: int | None = _setting(
         None,
-        "Size that the store may have: picks how logits are kept (top k, top p or draws, and dtype) by fidelity.",
+        "Size that the store may have: picks how logits of language models (top k, top p or draws, and dtype) and what "
+        "is inside the teacher (dtype, attention storage) are kept, by fidelity.",
         unit="bytes",
     )
     max_length: int | None = _setting(None, "Longer inputs are cut. Default: what the teacher takes.", unit="tokens")
@@ -136,6 +153,7 @@ class DumpConfig:
         self._check_numbers()
         self._check_known()
         self._check_logits()
+        self._check_inner()
         self.text_column = self.text_column or TASKS[self.task].text_column
         if self.device_map is not None and self.device != AUTO:
             raise ConfigError(f"--device-map {self.device_map} chooses devices, and so does --device; give one of them")
@@ -147,6 +165,7 @@ class DumpConfig:
         allowed = {
             "task": tuple(TASKS), "dtype": self._dtypes(), "teacher_dtype": TEACHER_DTYPES,
             "problem_type": PROBLEM_TYPES, "label_order": LABEL_ORDERS, "positions": POSITIONS,
+            "attention_storage": STORAGES,
         }  # fmt: skip
         for name, choices in allowed.items():
             if (value := getattr(self, name)) not in choices:
@@ -154,14 +173,15 @@ class DumpConfig:
         for name in ("teacher", "dataset", "output_dir", "text_column"):
             if getattr(self, name) is not None and not getattr(self, name).strip():
                 raise ConfigError(f"{_flag(name)} is empty")
-        for name in ("split", "keep_columns", "label_names"):
+        for name in ("split", "keep_columns", "label_names", "fields", "capture"):
             values = getattr(self, name)
             if isinstance(values, str) or len(set(values)) < len(values):
                 raise ConfigError(f"{_flag(name)} is a list of different names; got {values!r}")
 
     def _dtypes(self) -> tuple[str, ...]:
         known = TASKS[self.task].settings if self.task in TASKS else ()
-        return DTYPES if "top_k_logits" in known else tuple(name for name in DTYPES if name != "int8")
+        with_int8 = "top_k_logits" in known or self.keeps_inner
+        return DTYPES if with_int8 else tuple(name for name in DTYPES if name != "int8")
 
     def _check_fields(self) -> None:
         supported = TASKS[self.task].fields
@@ -169,9 +189,12 @@ class DumpConfig:
         if unknown or not self.fields:
             raise ConfigError(f"--fields {','.join(self.fields)}: {self.task} keeps {', '.join(supported)}")
         if self.layers is not None:
-            raise ConfigError(
-                f"--layers {self.layers}: {self.task} keeps {', '.join(supported)}, which has no layers; leave it away"
-            )
+            check_layers(self.layers)
+            if not set(self.fields) & set(LAYERED):
+                kept = ", ".join(self.fields)
+                raise ConfigError(
+                    f"--layers {self.layers}: {kept} has no layers; leave it away, or keep some of {', '.join(LAYERED)}"
+                )
 
     def _check_numbers(self) -> None:
         for name, least in _WHOLE_NUMBERS.items():
@@ -189,7 +212,8 @@ class DumpConfig:
 
     def _check_known(self) -> None:
         """Settings of some tasks are refused for the others."""
-        foreign = {name for task in TASKS.values() for name in task.settings} - set(TASKS[self.task].settings)
+        known = {*TASKS[self.task].settings, *(["budget"] if self.keeps_inner else [])}
+        foreign = {name for task in TASKS.values() for name in task.settings} - known
         for one in fields(self):
             if one.name in foreign and self._given(one.name):
                 raise ConfigError(f"{_flag(one.name)} is nothing that {self.task} knows; leave it away")
@@ -197,15 +221,40 @@ class DumpConfig:
     def _check_logits(self) -> None:
         """One way of keeping logits at a time."""
         if self.budget is not None:
-            chosen = [name for name in CHOSEN_BY_BUDGET if self._given(name)]
+            chosen = [name for name in (*CHOSEN_BY_BUDGET, "attention_storage") if self._given(name)]
             if chosen:
                 raise ConfigError(f"--budget chooses {_flag(chosen[0])} itself; give one of them")
         if self.sampled_logits is not None and (self.top_k_logits is not None or self.top_p is not None):
             raise ConfigError("--sampled-logits is kept instead of --top-k-logits and --top-p; give one of them")
-        if self.sampled_logits is not None and self.dtype == "int8":
+        if self.sampled_logits is not None and self.dtype == "int8" and not self.keeps_inner:
             raise ConfigError("--dtype int8 is for the top k logits, and --sampled-logits keeps draws; leave one away")
         if self.sample_temperature != 1 and self.sampled_logits is None:
             raise ConfigError(f"--sample-temperature {self.sample_temperature:g} is for --sampled-logits; give both")
+
+    def _check_inner(self) -> None:
+        """Of what is inside the teacher."""
+        if self._given("attention_storage") and not set(self.fields) & set(SQUARE):
+            raise ConfigError(
+                f"--attention-storage {self.attention_storage}: nothing of {', '.join(SQUARE)} is kept; add one to "
+                "--fields, or leave it away"
+            )
+        if self.keeps_inner and self.compile:
+            raise ConfigError("--compile: a teacher whose inside is kept runs uncompiled; leave it away")
+        if self.budget is None and self.attention not in (AUTO, "eager") and self.needs_eager:
+            raise ConfigError(
+                f"--attention {self.attention} does not tell its weights, and eager does; leave it away, or give "
+                "--attention-storage queries-keys"
+            )
+
+    @property
+    def keeps_inner(self) -> bool:
+        """Is anything inside the teacher kept?"""
+        return bool(self.capture or set(self.fields) & set(INNER))
+
+    @property
+    def needs_eager(self) -> bool:
+        """Must the teacher run with eager attention?"""
+        return attention_source(self.fields, self.attention_storage) == "eager"
 
     def _given(self, name: str) -> bool:
         """Is this setting another than its default?"""

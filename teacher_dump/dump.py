@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..store import ConfigError, Plan, ShardPlan, StoreWriter, describe, manifest, schema
+from ..store import ConfigError, FieldSpec, Plan, ShardPlan, StoreWriter, describe, manifest, schema
 from ..store.writer import check_folder
 from . import budget, planning
+from . import inner as inside
 from .background import Ahead, Background
 from .budget import Choice
 from .capture import Capture, token_batches
@@ -20,10 +22,14 @@ from .card import dataset_card
 from .config import DumpConfig
 from .data import SourceData, load_rows
 from .disk import check_room
+from .inner import Inner, Way
+from .inner_fidelity import Cost
+from .inner_pilot import InnerPilot
+from .inner_task import InnerTask, is_of_logits
 from .progress import DumpProgress, say
 from .shards import Prepared, ShardKeeper, Tally, carried_fields, prepare
 from .survey import Survey, survey
-from .tasks import TASKS, Task, task_class
+from .tasks import Task, task_class
 from .teacher import Teacher, slow_dtype
 
 _TAKEN = ("sample_id", "split", "shard", "row", "num_tokens", "label", *schema.ADDRESS_COLUMNS, schema.ATTENTION_MASK)
@@ -42,6 +48,7 @@ class Job:
     tokens_per_batch: int
     choice: Choice
     capture: Capture | None  # where the plan could not be made without it
+    costs: Sequence[Cost] = ()  # of what is inside the teacher, where that was measured
 
 
 def dump(config: DumpConfig) -> dict[str, Any]:
@@ -75,20 +82,23 @@ def plan(config: DumpConfig) -> dict[str, Any]:
     """Size and time of a dump, measured on a few rows; writes nothing.
 
     Returns {"bytes", "bytes_per_sample", "shards", "samples", "tokens", "seconds", "free_bytes"}; for language models
-    also "candidates", a list of fidelity.Candidate as dicts, and "chosen", the name of one.
+    also "candidates", a list of fidelity.Candidate as dicts, and "chosen", the name of one; where something inside the
+    teacher is kept, "codecs", what each way of it takes and loses (inner_fidelity.Cost).
     """
-    job = _prepare(config, compare="budget" in TASKS[config.task].settings)
+    job = _prepare(config, compare=True)
     capture = job.capture or Capture(job.teacher, job.task)
-    return {**_measure(config, job, capture, planning.PILOT_ROWS, job.plan.shards), **job.choice.to_json()}
+    found = {**_measure(config, job, capture, planning.PILOT_ROWS, job.plan.shards), **job.choice.to_json()}
+    return {**found, "codecs": [cost.to_json() for cost in job.costs]} if job.costs else found
 
 
 def _prepare(config: DumpConfig, compare: bool = False) -> Job:
-    """Rows loaded, checked and hashed, the teacher identified, shards planned; compare: ways of keeping logits too."""
+    """Rows loaded, checked and hashed, the teacher identified, shards planned; compare: ways of keeping it all too."""
     folder = Path(config.output_dir).expanduser()
     check_folder(folder)
     source = load_rows(config)
     kind = task_class(config.task)
-    teacher = Teacher(config, kind.model_class)
+    kept = None if compare else inside.earlier(config, folder)
+    teacher = Teacher(inside.implementation(config, kept), kind.model_class)
     choice = None if compare else budget.earlier(config, folder)
     task: Task = kind(choice.config if choice else config, teacher, source)
     checked = survey(source, task, config.keep_columns)
@@ -96,16 +106,28 @@ def _prepare(config: DumpConfig, compare: bool = False) -> Job:
         say(f"note: {line}")
     _check_kept(config.keep_columns, task)
     pilot = planning.look(source, task, checked.carried_bytes)
-    per_batch, capture = planning.tokens_per_batch(config, teacher), None
     carried = carried_fields(source, config.keep_columns)
-    if compare or (choice is None and budget.must_measure(config, task.fields)):
+    capture: Capture | None = None
+    costs: list[Cost] = []
+    if config.keeps_inner and kept is None:
         capture = Capture(teacher, task)
-        choice = budget.settle(config, task, capture, pilot, [*task.fields, *carried], source.rows, per_batch)
+        kept, costs = _look_inside(config, task, capture, pilot, carried, source.rows, compare)
+        if inside.implementation(config, kept).attention != config.attention and config.budget is not None:
+            teacher = Teacher(inside.implementation(config, kept), kind.model_class)  # that of the way that was chosen
+            capture = Capture(teacher, task)
+    own = list(kept.specs) if kept else []
+    per_batch = planning.tokens_per_batch(config, teacher, own, pilot)
+    if budget.is_about_logits(config) and (compare or (choice is None and budget.must_measure(config, task.fields))):
+        capture = capture or Capture(teacher, task)
+        choice = budget.settle(config, task, capture, pilot, [*task.fields, *own, *carried], source.rows, per_batch)
         if config.budget is not None:
             say(f"note: {choice.line()}")
             task = kind(choice.config, teacher, source)
-            capture = capture.running(task)
     choice = choice or Choice(config)
+    if kept:
+        task = InnerTask(task, config, kept)
+        _check_kept(config.keep_columns, task)
+    capture = capture.running(task) if capture else None
     fields = [*task.fields, *carried]
     pilot = planning.sized(pilot, fields, choice.entries)
     shards = planning.plan_shards(source, pilot, config.shard_size, teacher)
@@ -114,7 +136,25 @@ def _prepare(config: DumpConfig, compare: bool = False) -> Job:
         "tokens_per_batch": per_batch, "shard_size": config.shard_size, **choice.settings(config.budget),
     }  # fmt: skip
     made = Plan(config.task, settings, _identity(source, teacher, checked), fields, shards, task.label_names)
-    return Job(source, teacher, task, pilot, made, per_batch, choice, capture)
+    return Job(source, teacher, task, pilot, made, per_batch, choice, capture, costs)
+
+
+def _look_inside(
+    config: DumpConfig, task: Task, capture: Capture, pilot: planning.Pilot, carried: list[FieldSpec], rows: int,
+    compare: bool,
+) -> tuple[Inner, list[Cost]]:  # fmt: skip
+    """Which columns the teacher's inside gets, looked at on pilot rows; measured where it is compared or chosen."""
+    looked, way = InnerPilot(config, capture, pilot), Way(config.attention_storage, config.dtype)
+    costs: list[Cost] = []
+    if config.budget is not None:
+        shared = budget.is_about_logits(config)
+        others = [spec for spec in task.fields if not (shared and is_of_logits(spec))]
+        way, costs = budget.settle_inner(looked, [*others, *carried], rows, config.budget, shared)
+        say(f"note: {budget.inner_line(way, costs)}")
+    kept = looked.inner(way)
+    looked.check_held(kept)
+    looked.check_recomputed(kept)
+    return kept, looked.costs() if compare else costs
 
 
 def _run_shards(config: DumpConfig, job: Job, writer: StoreWriter, missing: list[ShardPlan], tally: Tally) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..store import FieldSpec, ShardPlan, bytes_per_row
-from ..store.schema import LABELS
+from ..store.schema import LABELS, entries_per_row, entry_width
 from .capture import Capture, token_batches
 from .config import DumpConfig
 from .data import SourceData, read
@@ -27,6 +27,8 @@ PILOT_SECONDS = 1.0  # of the teacher's time
 # With a MiniLM, 1024 to 4096 are within 15 % of each other on one core, 16384 is 35 to 50 % slower; two cores like 4096
 TOKENS_PER_BATCH = {"cpu": 4096}
 TOKENS_ON_DEVICES = 32768
+INNER_BYTES = {"cpu": 2**28}  # float32 of one batch, of which some wait to be written
+INNER_BYTES_ON_DEVICES = 2**31
 SHARD_WORK = {"cpu": 2e13}  # floating-point operations: some ten minutes, which is what a kill can lose
 SHARD_WORK_ON_DEVICES = 2e16
 
@@ -35,7 +37,8 @@ SHARD_WORK_ON_DEVICES = 2e16
 class Pilot:
     """What a few source rows tell of all. samples: those of the largest split, as they are stored.
 
-    tokens, bytes, carried bytes and stored rows: of one source row, on average. lengths: of one stored row.
+    tokens, bytes, carried bytes and stored rows: of one source row, on average. lengths: of one stored row; "SS" is the
+    mean of S².
     """
 
     split: str
@@ -47,8 +50,15 @@ class Pilot:
     lengths: Mapping[str, float] = field(default_factory=dict)
 
 
-def tokens_per_batch(config: DumpConfig, teacher: Teacher) -> int:
-    return config.tokens_per_batch or TOKENS_PER_BATCH.get(teacher.device.type, TOKENS_ON_DEVICES)
+def tokens_per_batch(config: DumpConfig, teacher: Teacher, inner: Sequence[FieldSpec], pilot: Pilot) -> int:
+    """As asked for, or as the device likes it; at most as many, and one row's at least, as give INNER_BYTES of what is
+    inside the teacher, where rows are as long as the pilot's longest."""
+    kind = teacher.device.type
+    usual = TOKENS_PER_BATCH.get(kind, TOKENS_ON_DEVICES)
+    longest = int(pilot.samples.lengths["S"].max())
+    entries = [entries_per_row(spec.shape, {"S": longest}) * entry_width(spec.shape) for spec in inner]
+    most = INNER_BYTES.get(kind, INNER_BYTES_ON_DEVICES) // max(4 * sum(entries), 1)  # rows
+    return config.tokens_per_batch or (min(usual, max(most, 1) * longest) if inner else usual)
 
 
 def look(source: SourceData, task: Task, carried_bytes: float) -> Pilot:
@@ -62,6 +72,7 @@ def look(source: SourceData, task: Task, carried_bytes: float) -> Pilot:
     totals = {name: sum(int(one.lengths[name].sum()) for one in made.values()) for name in made[largest].lengths}
     stored = sum(map(len, made.values()))
     lengths = {name: total / stored for name, total in totals.items()}
+    lengths["SS"] = sum(int((one.lengths["S"] ** 2).sum()) for one in made.values()) / stored
     each = stored / looked
     return Pilot(largest, made[largest], totals["S"] / looked, 0.0, carried_bytes * each, each, lengths)
 

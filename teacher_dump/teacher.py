@@ -143,7 +143,8 @@ class Teacher:
 
     def _pad_id(self) -> int:
         """The id that padding gets: the tokenizer's, else the model's, else the end token."""
-        known = (self.tokenizer.pad_token_id, self.config.pad_token_id, self.tokenizer.eos_token_id, 0)
+        own = getattr(self.config, "pad_token_id", None)  # which not every config has
+        known = (self.tokenizer.pad_token_id, own, self.tokenizer.eos_token_id, 0)
         return int(next(one for one in known if one is not None))
 
     def _positions(self) -> int | None:

@@ -60,6 +60,8 @@ class TokenLogits:
         self.proposal = float(config.sample_temperature)
         self.k = _kept(config, vocabulary)
         self.kind = SAMPLED if self.draws else TOP_K if self.k else DENSE
+        if self.dtype == "int8" and self.kind != TOP_K and config.keeps_inner:  # which it is for, then
+            self.dtype = "float16"
         self.settings: dict[str, Any] = {
             "top_k_logits": None if self.draws else self.k, "top_p": self.top_p, "sampled_logits": self.draws,
             "dtype": self.dtype, "temperatures": self.temperatures, "sample_temperature": self.proposal,

@@ -147,8 +147,8 @@ def test_bad_files_are_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"layers": "99"}, "--layers 99: text-classification keeps logits"),
-        ({"fields": ["logits", "attentions"]}, "--fields logits,attentions: text-classification keeps logits"),
+        ({"layers": "99"}, "--layers 99: logits has no layers"),
+        ({"fields": ["logits", "attention"]}, "--fields logits,attention: text-classification keeps logits"),
         ({"fields": []}, "keeps logits"),
         ({"dtype": "int8"}, "--dtype is one of float16, bfloat16, float32; got 'int8'"),
         ({"max_length": 0}, "--max-length is a whole number from 1; got 0"),

@@ -225,7 +225,7 @@ class BagOfWords(nn.Module):
         (Term("attentions", "kl", options={"heads": "sum"}), r"'attentions': heads=\"sum\" is for mse"),
         (Term("relations", "minilm", options={"relation_heads": 5}), r"5 relation heads must divide the width 16"),
         (Term("relations", "mmd", options={"layers": "last"}), r"its layer map last has one pair: give two"),
-        (Term("relations", "fsp"), r"'relations': fsp needs the teacher's channels"),
+        (Term("relations", "fsp", options={"projection": "none"}), r"'relations': fsp needs the teacher's channels"),
     ],
 )
 def test_what_cannot_be_compared_is_said_before_training(store, term, message):

@@ -12,7 +12,14 @@ import torch
 from predistill.store.errors import ConfigError
 from predistill.student_train import losses
 from predistill.student_train.losses import terms
-from predistill.student_train.losses.catalogue import INNER, LOGIT_LOSSES, MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
+from predistill.student_train.losses.catalogue import (
+    INNER,
+    LOGIT_LOSSES,
+    MULTI_LABEL,
+    PROBLEM_TYPES,
+    REGRESSION,
+    SINGLE_LABEL,
+)
 from predistill.student_train.losses.presets import PRESETS
 from predistill.student_train.losses.rows import LOGIT_FUNCTIONS, row_loss
 from predistill.student_train.losses.terms import Term, parse_loss

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,14 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from inner_store import VOCABULARY, write_inside
+from inner_cases import VOCABULARY, write_inside
 from predistill.store.errors import ConfigError, StoreMismatch
 from predistill.student_train.settings import TrainConfig
 from predistill.student_train.train import train
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-FAST = {"per_device_train_batch_size": 4, "num_train_epochs": 1, "learning_rate": 1e-3, "use_cpu": True, "logging_steps": 1}
+FAST = {"per_device_train_batch_size": 4, "num_train_epochs": 1, "learning_rate": 1e-3, "use_cpu": True,
+        "logging_steps": 1}  # fmt: skip
 
 
 def bert(width: int, layers: int, seed: int = 0) -> BertConfig:
@@ -58,7 +58,9 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("preset,first", [("tinybert", "intermediate"), ("haystack", "intermediate"), ("minilm", "relations")])
+@pytest.mark.parametrize(
+    "preset,first", [("tinybert", "intermediate"), ("haystack", "intermediate"), ("minilm", "relations")]
+)
 def test_a_preset_trains_its_stages_in_turn(store, student_config, tmp_path, preset, first, capfd) -> None:
     metrics = train(settings(store, student_config, tmp_path / "out", preset=preset))
     assert list(metrics["stages"]) == [first, "prediction" if first == "intermediate" else "fine-tuning"]
@@ -75,7 +77,8 @@ def test_a_preset_trains_its_stages_in_turn(store, student_config, tmp_path, pre
 
 def test_the_first_stage_leaves_the_head_alone(store, student_config, tmp_path) -> None:
     train(settings(store, student_config, tmp_path / "a", preset="tinybert"))
-    train(settings(store, student_config, tmp_path / "b", preset="tinybert", stages={"intermediate": {"num_train_epochs": 3}}))
+    longer = {"intermediate": {"num_train_epochs": 3}}
+    train(settings(store, student_config, tmp_path / "b", preset="tinybert", stages=longer))
     a, b = (weights(tmp_path / name / "stage-1-intermediate") for name in "ab")
     assert torch.equal(a["classifier.weight"], b["classifier.weight"])
     assert not torch.equal(a["bert.embeddings.word_embeddings.weight"], b["bert.embeddings.word_embeddings.weight"])
@@ -95,11 +98,11 @@ def test_stages_written_out_have_terms_epochs_and_rates_of_their_own(store, stud
     made = json.loads((tmp_path / "predistill.json").read_text())
     inside, answers = made["stages"]
     assert [term["name"] for term in inside["terms"]] == ["hidden_states"]
-    assert (inside["training_arguments"]["num_train_epochs"], inside["training_arguments"]["learning_rate"]) == (2, 5e-4)
+    given = inside["training_arguments"]
+    assert (given["num_train_epochs"], given["learning_rate"]) == (2, 5e-4)
     assert answers["training_arguments"]["num_train_epochs"] == 1
-    assert [(term["name"], term["weight"], term["temperature"]) for term in answers["terms"]] == [
-        ("labels", 0.5, None), ("logits", 0.5, 3.0)
-    ]  # fmt: skip
+    weighed = [(term["name"], term["weight"], term["temperature"]) for term in answers["terms"]]
+    assert weighed == [("labels", 0.5, None), ("logits", 0.5, 3.0)]
     card = (tmp_path / "README.md").read_text()
     assert "Stage *inside*, 2 epochs at 0.0005" in card and "| hidden_states | mse |" in card
 
@@ -117,11 +120,12 @@ import json, os, signal, sys
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 from predistill.student_train.train import train
-stage, step = sys.argv[2], int(sys.argv[3])
+folder, step = sys.argv[2], int(sys.argv[3])
+os.makedirs(folder, exist_ok=True)
 ended = CallbackHandler.on_step_end
 def on_step_end(self, args, state, control):
     result = ended(self, args, state, control)
-    if stage in args.output_dir and state.global_step == step:
+    if os.path.samefile(args.output_dir, folder) and state.global_step == step:
         os.kill(os.getpid(), signal.SIGKILL)
     return result
 CallbackHandler.on_step_end = on_step_end
@@ -129,20 +133,19 @@ train(json.loads(sys.argv[1]))
 """
 
 
-@pytest.mark.parametrize("stage,step", [("intermediate", 5), ("/out", 3)])
+@pytest.mark.parametrize("stage,step", [("stage-1-intermediate", 5), (".", 3)])
 def test_a_killed_run_goes_on_in_the_right_stage(store, student_config, tmp_path, stage, step) -> None:
     more = {"preset": "tinybert", "training_arguments": {"save_steps": 2, "num_train_epochs": 2}}
     train(settings(store, student_config, tmp_path / "whole", **json.loads(json.dumps(more))))
     given = settings(store, student_config, tmp_path / "out", **json.loads(json.dumps(more)))
-    where = stage if stage == "intermediate" else str(tmp_path / "out")
-    # of the second stage the folder is the run's own; the first stage's ends in its name, so both are told apart by steps
-    code = KILLED if stage == "intermediate" else KILLED.replace("stage in args.output_dir", "args.output_dir == stage")
-    killed = subprocess.run([sys.executable, "-c", code, json.dumps(given), where, str(step)], capture_output=True)
+    folder = str(tmp_path / "out" / stage)
+    killed = subprocess.run([sys.executable, "-c", KILLED, json.dumps(given), folder, str(step)], capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
     metrics = train({**given, "resume_from_checkpoint": "true"})
     assert list(metrics["stages"]) == ["intermediate", "prediction"]
     assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
-    assert same(weights(tmp_path / "out" / "stage-1-intermediate"), weights(tmp_path / "whole" / "stage-1-intermediate"))
+    first = "stage-1-intermediate"
+    assert same(weights(tmp_path / "out" / first), weights(tmp_path / "whole" / first))
 
 
 def test_another_loss_in_an_earlier_stage_is_another_run(store, student_config, tmp_path) -> None:
@@ -191,5 +194,5 @@ def test_a_trainer_of_one_stage_asks_which() -> None:
     config = TrainConfig(stores=["s"], student="t", output_dir="o", preset="tinybert")
     with pytest.raises(ConfigError, match="stages intermediate, prediction"):
         config.terms()
-    assert os.environ is not None and [term.name for term in TrainConfig(
-        stores=["s"], student="t", output_dir="o", preset="tinybert", stage="prediction").terms()] == ["logits"]  # fmt: skip
+    one = TrainConfig(stores=["s"], student="t", output_dir="o", preset="tinybert", stage="prediction")
+    assert [term.name for term in one.terms()] == ["logits"]

@@ -16,7 +16,8 @@ from ...store.errors import ConfigError
 class Option(Protocol):
     """One choice of a loss."""
 
-    default: Any
+    @property
+    def default(self) -> Any: ...
 
     def read(self, name: str, text: str | None) -> Any:
         """The value that `text` stands for; None where the name stood alone. Raises ConfigError."""

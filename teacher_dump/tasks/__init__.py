@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from ..layers import INNER
+
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
@@ -31,10 +33,11 @@ class Entry(NamedTuple):
 LANGUAGE_MODEL_SETTINGS = (
     "top_k_logits", "top_p", "temperatures", "sampled_logits", "sample_temperature", "packing", "positions", "budget",
 )  # fmt: skip
+FIELDS = ("logits", *INNER)
 LABEL_SETTINGS = ("label_column", "label_names", "label_order", "problem_type")
 TASKS = {
-    "text-classification": Entry("text_classification", "TextClassification", ("logits",), "text", LABEL_SETTINGS),
-    "causal-lm": Entry("causal_lm", "CausalLM", ("logits",), settings=LANGUAGE_MODEL_SETTINGS),
+    "text-classification": Entry("text_classification", "TextClassification", FIELDS, "text", LABEL_SETTINGS),
+    "causal-lm": Entry("causal_lm", "CausalLM", FIELDS, settings=LANGUAGE_MODEL_SETTINGS),
 }
 
 
@@ -103,6 +106,9 @@ class Task(Protocol):
 
     def collate(self, samples: Samples, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Model inputs of a batch, right-padded: {"input_ids": int64 [B, Smax], "attention_mask": ..., ...}."""
+
+    def ready(self, model: Any, inputs: dict[str, Any]) -> None:
+        """Look at the model, once, before it runs its first batch: these inputs. Raises ConfigError."""
 
     def forward(self, model: Any, inputs: dict[str, Any], samples: Samples, rows: np.ndarray) -> dict[str, Any]:
         """A batch through the teacher: tensors on its device, by name, such as {"logits": [B, C]}.

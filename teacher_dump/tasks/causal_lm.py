@@ -89,6 +89,10 @@ class CausalLM:
             return {**inputs, POSITION_IDS: samples.padded(POSITION_IDS, rows, 0)}
         return {**inputs, "attention_mask": samples.mask(rows)}
 
+    def ready(self, model: Any, inputs: dict[str, Any]) -> None:
+        """Raises ConfigError where the model is not causal, or does not keep packed documents apart."""
+        self._head(model, inputs)
+
     def forward(
         self, model: Any, inputs: dict[str, Any], samples: Samples, rows: np.ndarray, kept: Any = None
     ) -> dict[str, Any]:

@@ -77,6 +77,9 @@ class TextClassification:
             inputs[TOKEN_TYPES] = samples.padded(TOKEN_TYPES, rows, self.tokenizer.pad_token_type_id)
         return inputs
 
+    def ready(self, model: Any, inputs: dict[str, Any]) -> None:
+        """Any classifier will do."""
+
     def forward(self, model: Any, inputs: dict[str, Any], samples: Samples, rows: np.ndarray) -> dict[str, Any]:
         return {"logits": model(**inputs).logits}
 
@@ -105,7 +108,7 @@ class TextClassification:
         return [
             *inputs,
             FieldSpec(LABELS, label_shape, label_dtype, role="label"),
-            FieldSpec(LOGITS, (self.num_labels,), config.dtype),
+            FieldSpec(LOGITS, (self.num_labels,), "float16" if config.dtype == "int8" else config.dtype),
             FieldSpec("teacher_prediction", shape, dtype, role="summary"),
             *(FieldSpec(f"teacher_{name}", (), "float32", role="summary") for name in _REAL_SUMMARIES),
         ]
