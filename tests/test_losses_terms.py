@@ -229,8 +229,14 @@ def test_presets_are_as_published() -> None:
         assert [term.weight for term in stage.terms] == [0.75, 0.25] and stage.terms[1].temperature == 3.0
 
 
-@pytest.mark.parametrize("name,names", [("haystack", "intermediate prediction"), ("tinybert", "intermediate prediction"),
-                                        ("minilm", "relations fine-tuning")])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,names",
+    [
+        ("haystack", "intermediate prediction"),
+        ("tinybert", "intermediate prediction"),
+        ("minilm", "relations fine-tuning"),
+    ],
+)
 def test_presets_of_two_stages_learn_inside_first_and_from_answers_after(name: str, names: str) -> None:
     first, last = PRESETS[name]()
     assert f"{first.name} {last.name}" == names

@@ -121,11 +121,10 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 from predistill.student_train.train import train
 folder, step = sys.argv[2], int(sys.argv[3])
-os.makedirs(folder, exist_ok=True)
 ended = CallbackHandler.on_step_end
 def on_step_end(self, args, state, control):
     result = ended(self, args, state, control)
-    if os.path.samefile(args.output_dir, folder) and state.global_step == step:
+    if os.path.realpath(args.output_dir) == os.path.realpath(folder) and state.global_step == step:
         os.kill(os.getpid(), signal.SIGKILL)
     return result
 CallbackHandler.on_step_end = on_step_end
