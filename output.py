@@ -200,7 +200,9 @@ def verify_page(stream: TextIO, found: Mapping[str, Any]) -> None:
 
 
 def metrics_page(stream: TextIO, found: Mapping[str, Any]) -> None:
-    pairs_page(stream, found)
+    """Of a run of several stages, each stage's loss in place of all its metrics."""
+    stages = {f"train_loss, {name}": one.get("train_loss") for name, one in found.get("stages", {}).items()}
+    pairs_page(stream, {**{name: value for name, value in found.items() if name != "stages"}, **stages})
 
 
 def quickstart_page(stream: TextIO, found: Mapping[str, Any]) -> None:

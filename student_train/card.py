@@ -46,7 +46,8 @@ from transformers import pipeline
 {% endfor %}
 ## Training
 {% for name, terms, arguments in stages %}{% if name %}
-Stage *{{ name }}*, {{ "%g" % arguments.num_train_epochs }} epochs at {{ "%g" % arguments.learning_rate }}:
+Stage *{{ name }}*, {% if arguments.max_steps > 0 %}{{ arguments.max_steps }} steps{% else
+%}{{ "%g" % arguments.num_train_epochs }} epochs{% endif %} at {{ "%g" % arguments.learning_rate }}:
 {% endif %}
 | term | loss | weight | temperature | options |
 |---|---|---|---|---|

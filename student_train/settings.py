@@ -191,9 +191,8 @@ class TrainConfig(DistillationSettings):
     stages: dict[str, dict[str, Any]] = field(
         default_factory=dict,
         metadata={
-            "help": "By name, what is trained on one after another: each with settings of the loss, unless a preset "
-            "has it, and fields of transformers.TrainingArguments.",
-            "flag": False,
+            "help": "What is trained on one after another, as JSON or in the --config file: by name, settings of the "
+            'loss (unless a preset says them) and training arguments, {"intermediate": {"num_train_epochs": 5}}.',
         },
     )
     training_arguments: dict[str, Any] = field(
@@ -228,6 +227,8 @@ class TrainConfig(DistillationSettings):
         return tuple(replace(stage, given=self.stages.get(stage.name) or {}) for stage in published)
 
     def _given_stages(self) -> list[tuple[str, Mapping[str, Any]]]:
+        if not isinstance(self.stages, Mapping):
+            raise ConfigError(f"--stages: names with their settings, as a JSON object, expected; got {self.stages!r}")
         for name, own in self.stages.items():
             if not (_STAGE_NAME.fullmatch(str(name)) and isinstance(own or {}, Mapping)):
                 raise ConfigError(f"stages: a name of letters, digits and - with its settings expected; got {name!r}")

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from inner_cases import VOCABULARY, write_inside
+from predistill.cli import cli
 from predistill.store.errors import ConfigError, StoreMismatch
 from predistill.student_train.settings import TrainConfig
 from predistill.student_train.train import train
@@ -168,6 +170,7 @@ def test_a_finished_run_is_not_overwritten_by_surprise(store, student_config, tm
         ({"preset": "tinybert", "stage": "last"}, "--stage is one of intermediate, prediction; got 'last'"),
         ({"preset": "tinybert", "stages": {"first": {}}}, "preset tinybert has intermediate, prediction; got 'first'"),
         ({"preset": "tinybert", "stages": {"prediction": {"loss": "mse"}}}, "the preset says its loss"),
+        ({"stages": "intermediate"}, "names with their settings, as a JSON object, expected; got 'intermediate'"),
         ({"stages": {"a b": {}}}, "a name of letters, digits and -"),
         ({"stages": {"one": {"epochs": 3}, "two": {}}}, "epochs is not a field of transformers.TrainingArguments"),
         ({"loss": "kl", "layer_map": "last"}, "no term of this loss has layers"),
@@ -195,3 +198,20 @@ def test_a_trainer_of_one_stage_asks_which() -> None:
         config.terms()
     one = TrainConfig(stores=["s"], student="t", output_dir="o", preset="tinybert", stage="prediction")
     assert [term.name for term in one.terms()] == ["logits"]
+
+
+def test_stages_in_a_file_and_as_json(store, student_config, tmp_path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"stores: [{store}]\nstudent_config: {student_config}\noutput_dir: {tmp_path / 'out'}\npreset: tinybert\n"
+        "use_cpu: true\nmax_steps: 3\nstages:\n  intermediate: {max_steps: 2, learning_rate: 1.0e-3}\n"
+    )
+    said = CliRunner().invoke(cli, ["train", "--config", str(file)])
+    assert said.exit_code == 0 and "train_loss, intermediate" in said.stdout and "{" not in said.stdout
+    assert "Stage *intermediate*, 2 steps at 0.001" in (tmp_path / "out" / "README.md").read_text()
+    first, last = json.loads((tmp_path / "out" / "predistill.json").read_text())["stages"]
+    assert (first["training_arguments"]["max_steps"], last["training_arguments"]["max_steps"]) == (2, 3)
+    again = ["--stages", '{"prediction": {"max_steps": 1}}', "--overwrite-output-dir"]
+    assert CliRunner().invoke(cli, ["train", "--config", str(file), *again]).exit_code == 0
+    first, last = json.loads((tmp_path / "out" / "predistill.json").read_text())["stages"]
+    assert (first["training_arguments"]["max_steps"], last["training_arguments"]["max_steps"]) == (3, 1)
