@@ -168,7 +168,7 @@ def test_parse_loss() -> None:
 @pytest.mark.parametrize(
     "text,says",
     [
-        ("klx", "no logits loss 'klx'; choose from kl, reverse_kl, jsd"),
+        ("klx", "no loss 'klx'; choose from kl, reverse_kl, jsd"),
         ("", "names no loss; choose from kl, reverse_kl"),
         ("jsd:gamma=1", "jsd has no option 'gamma'; its options are beta, standardize"),
         ("jsd:beta=2", "jsd beta must be between 0 and 1, not 2"),
@@ -264,6 +264,7 @@ def test_what_is_inside_is_asked_for_beside_logits() -> None:
 @pytest.mark.parametrize(
     "text,says",
     [
+        ("hiden_states", "nlp_architect_mse, hidden_states, embeddings, attentions, attention_scores, relations"),
         ("hidden_states/huber", "no hidden_states loss 'huber'; choose from mse, cosine, pkd"),
         ("hidden_states:layers=first", "choose from uniform, last, tutorial, every-2 and the like, or 0:0,1:2"),
         ("hidden_states:temperature=2", "temperature is for logits"),

@@ -71,6 +71,8 @@ def parse_loss(text: str) -> Term:
     if not name:
         raise ConfigError(f"loss {text!r} names no loss; choose from {_names([*LOGIT_LOSSES, *INNER])}")
     family, _, loss = name.partition("/") if name.partition("/")[0] in INNER else ("logits", "", name)
+    if family == "logits":
+        _one_of("loss", loss, [*LOGIT_LOSSES, *INNER])
     spec = _one_of(f"{family} loss", loss or next(iter(TERMS[family])), TERMS[family])
     settings: dict[str, Any] = {}
     for item in _items(rest):
