@@ -7,10 +7,13 @@
     dump        dump ÷ bare teacher, ÷ Trainer.predict
     train_step  student step ÷ plain fine-tuning, ÷ teacher in memory; memory
     exactness   offline against online loss and gradient
+    inside_step       a step that learns hidden states and attentions ÷ plain with these outputs; memory
+    inside_exactness  offline against online loss and gradient, of each loss of the inside
     language_codecs   bytes a token against KL, for each way of keeping logits
     language_step     a language model's step ÷ plain, online and dense; memory
     results           students with and without distillation (only when named: an hour)
     language_results  the same of language models (only when named: half an hour)
+    inside_results    students that learn what is inside a teacher, or its answers alone (only when named: an hour)
 
 Teachers, stores and runs are kept in benchmarks/work, or where PREDISTILL_BENCH says (up to 30 GB); data
 comes from PREDISTILL_DATA.
@@ -23,9 +26,10 @@ import sys
 from pathlib import Path
 
 DEFAULT = (
-    "reader", "cold", "growth", "writer", "exactness", "dump", "train_step", "language_codecs", "language_step",
+    "reader", "cold", "growth", "writer", "exactness", "dump", "train_step", "inside_step", "inside_exactness",
+    "language_codecs", "language_step",
 )  # fmt: skip
-NAMED = ("results", "language_results")
+NAMED = ("results", "language_results", "inside_results")
 
 
 def main() -> None:

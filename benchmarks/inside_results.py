@@ -39,14 +39,14 @@ class Arm(NamedTuple):
     settings: dict[str, Any]
     epochs: float
     inner: float | None = None
-    rate: float = 3e-4
+    rate: float = 1e-3
 
 
 ARMS = {
-    "labels": Arm({"alpha": 0.0}, 3),
-    "logits": Arm({"alpha": 0.9, "temperature": 2.0}, 6),
-    "tinybert": Arm({"preset": "tinybert"}, 4, 8),
-    "haystack": Arm({"preset": "haystack"}, 4, 8),
+    "labels": Arm({"alpha": 0.0}, 3, rate=3e-4),
+    "logits": Arm({"alpha": 0.9, "temperature": 2.0}, 3),
+    "tinybert": Arm({"preset": "tinybert"}, 3, 5),
+    "haystack": Arm({"preset": "haystack"}, 3, 5),
 }
 
 

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..store.activations import Sites
+from ..store.attention import AttentionSettings
 from ..store.errors import ConfigError
 from ..store.schema import ATTENTION_MASK, FieldSpec
+from .injected import Learnt
 from .inner_teacher import Sides, TeacherInside
 from .inner_terms import Comparison, compare, kinds_of, stored_for
 from .losses.terms import Term
@@ -43,7 +45,7 @@ class InnerObjective(Objective):
     ) -> None:
         super().__init__([*outer.terms, *terms])
         self.outer, self.inner, self.seed = outer, self.terms[len(outer.terms) :], seed
-        self.keeps_logits = outer.keeps_logits
+        self.keeps_logits, self.judges_rows = outer.keeps_logits, outer.judges_rows
         self.teacher = TeacherInside(store_fields)
         for term, name in zip(self.inner, self._inner_names, strict=True):
             for kind in kinds_of(term, self.teacher):
@@ -74,6 +76,9 @@ class InnerObjective(Objective):
     def stored_fields(self) -> list[str]:  # type: ignore[override]
         read_by_others = {*self.outer.fields, *self.outer.evaluation_fields}
         return [name for name in dict.fromkeys(self._columns) if name not in read_by_others]
+
+    def settle(self, settings: Any) -> None:
+        self.outer.settle(settings)
 
     def attach(self, model: nn.Module, inputs: Batch) -> None:
         """Find what the terms compare in the student, and give it its projections. Raises ConfigError.
@@ -106,13 +111,27 @@ class InnerObjective(Objective):
         own = len(self.outer.terms)
         with self._recording() as found, self._reached(model):
             loss, sums, outputs = self.outer.step(model, inputs, batch, counts[:own])
-        inner = self._sums(batch, found, self.comparisons)
-        each = coefficients(self.inner, counts[own:].to(inner))
-        return Step(loss + (each * inner).sum(), torch.cat([sums.to(inner), inner.detach()]), outputs)
+        each = coefficients(self.inner, counts[own:].to(torch.promote_types(loss.dtype, torch.float32)))
+        taught, inner = self._learn(batch, found, each)
+        return Step(loss + taught, torch.cat([sums.to(inner), inner]), outputs)
+
+    def _learn(self, batch: Batch, found: Mapping[Any, Tensor], each: Tensor) -> tuple[Tensor, Tensor]:
+        """(scalar with its graph, [comparisons] without): one pair of layers after another."""
+        learnt, sums = Learnt(found, [] if self._projections is None else list(self._projections.parameters())), []
+        for one, coefficient in zip(self.comparisons, each, strict=True):
+            parts = []
+            for entry in one.entries:
+                leaves = learnt.leaves()
+                part = one.part(Sides(batch, self.teacher, leaves, self._projections, self._attention), entry)
+                learnt.learn(coefficient * part, leaves)
+                parts.append(part.detach())
+            sums.append(torch.stack(parts).sum())
+        inner = torch.stack(sums)
+        return learnt.total((each * inner).sum()), inner
 
     def _sums(self, batch: Batch, found: Mapping[Any, Tensor], comparisons: Sequence[Comparison]) -> Tensor:
         """[comparisons], float32 or wider."""
-        sides = Sides(batch, self.teacher, found, self._projections)
+        sides = Sides(batch, self.teacher, found, self._projections, self._attention)
         return torch.stack([one.total(sides) for one in comparisons])
 
     def _check(self, batch: Batch) -> None:
@@ -120,11 +139,19 @@ class InnerObjective(Objective):
             if missing := [name for name in one.columns if name not in StoredBatch(batch, self.teacher.specs)]:
                 raise ConfigError(f"the term {one.name!r} needs {missing[0]}, which these rows do not have")
 
+    @property
+    def _attention(self) -> dict[int, AttentionSettings]:
+        """Of layers whose attention the losses compute; with sinks, which are learnt, it is recorded as it is."""
+        assert self._sites is not None, "attach comes first"
+        return {layer: one for layer, one in self._sites.attention.items() if one.sinks is None}
+
     def _recording(self) -> contextlib.AbstractContextManager[dict[Any, Tensor]]:
         assert self._sites is not None, "attach comes first"
         wanted: dict[str, dict[int, None]] = {}
         for kind, layer in (key for one in self.comparisons for key in one.wanted):
-            wanted.setdefault(kind, {})[layer] = None
+            late = kind in ("attentions", "attention_scores") and layer in self._attention
+            for name in ("queries", "keys") if late else (kind,):
+                wanted.setdefault(name, {})[layer] = None
         return self._sites.recording({kind: tuple(layers) for kind, layers in wanted.items()})
 
     @contextlib.contextmanager
@@ -161,6 +188,9 @@ class InnerObjective(Objective):
             if made.loss is not None and len(known) == len(self.comparisons):
                 loss = made.loss + (coefficients(self.inner, counts.to(sums)) * sums).sum()
         return Evaluated(loss, torch.cat([made.totals.cpu().double(), found_totals.flatten()]), made.logits)
+
+    def row_scores(self, rows: Any, kept: Any) -> dict[str, float]:
+        return self.outer.row_scores(rows, kept)
 
     def scores(self, totals: Tensor) -> dict[str, float]:
         """totals: the outer objective's, then sums and counts of the terms of the inside."""

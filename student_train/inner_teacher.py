@@ -115,23 +115,27 @@ class Sides:
     """A batch as the losses of the inside ask for it; what several of them ask for is made once.
 
     found: what was recorded of the student, by (kind, layer), its first rows those of the batch. projections: of the
-    student's hidden states.
+    student's hidden states. attention: settings of those layers of the student whose attention is computed here, of
+    queries and keys that were recorded.
     """
 
     def __init__(
         self, batch: Batch, teacher: TeacherInside, found: Mapping[Any, Tensor] | None = None,
-        projections: Projections | None = None,
+        projections: Projections | None = None, attention: Mapping[int, AttentionSettings] | None = None,
     ) -> None:  # fmt: skip
         if ATTENTION_MASK not in batch:
             raise ConfigError("losses of what is inside a model need attention_mask, which these rows do not have")
         self._batch = StoredBatch(batch, teacher.specs)
-        self._teacher, self._found, self._projections = teacher, found or {}, projections
+        self._teacher, self._projections = teacher, projections
+        self._found, self._attention = {} if found is None else found, attention or {}
         self.mask = batch[ATTENTION_MASK].bool()  # [B, S]
         self._visible: dict[tuple[Any, ...], Tensor] = {}
 
     def visible(self, layer: int) -> Tensor:
         """bool [B, 1, S, S]: the keys that each query of the teacher's attention `layer` sees."""
-        settings = self._teacher.settings(layer)
+        return self._seen(self._teacher.settings(layer))
+
+    def _seen(self, settings: AttentionSettings) -> Tensor:
         key = settings.causal, settings.window
         if key not in self._visible:
             self._visible[key] = visible_keys(self.mask, settings, self._batch.get(POSITION_IDS))
@@ -143,10 +147,18 @@ class Sides:
 
     def student(self, kind: str, layer: int, projection: str = "") -> Tensor:
         """projection: a key of the projections; as it is where there is none of this key."""
+        if kind in _OF_QUERIES and layer in self._attention:
+            return self._attended(kind, layer)
         value = self._found[kind, layer][: len(self.mask)]
         if self._projections is not None and projection in self._projections:
             return self._projections(projection, value)
         return value
+
+    def _attended(self, kind: str, layer: int) -> Tensor:
+        settings = self._attention[layer]
+        queries, keys = (self._found[name, layer][: len(self.mask)] for name in ("queries", "keys"))
+        scores = attention_scores(queries, keys, settings)
+        return scores if kind == "attention_scores" else attention_probabilities(scores, self._seen(settings))
 
 
 def _depth(spec: FieldSpec) -> int:

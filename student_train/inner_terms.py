@@ -83,8 +83,12 @@ class Comparison(ABC):
 
     def total(self, sides: Sides) -> Tensor:
         """Scalar: the sum over all of all entries."""
-        total = torch.stack([self.values(sides, entry).sum() for entry in self.entries]).sum()
-        return total * len(self.entries) if self.term.options.get("over_layers") == "sum" else total
+        return torch.stack([self.part(sides, entry) for entry in self.entries]).sum()
+
+    def part(self, sides: Sides, entry: Any) -> Tensor:
+        """Scalar: what one entry adds to `total`."""
+        part = self.values(sides, entry).sum()
+        return part * len(self.entries) if self.term.options.get("over_layers") == "sum" else part
 
     def count(self, sides: Sides) -> Tensor:
         """int64 scalar: how many values that are; the mean over entries is `total` over `count`."""
