@@ -100,6 +100,19 @@ def head_module(model: torch.nn.Module) -> torch.nn.Module | None:
     return head
 
 
+def logits_of(outputs: Any) -> Tensor:
+    """Of what a model's forward gives: a tensor, a mapping or an object that has `logits`, or a tuple that begins with
+    them. Raises ConfigError for anything else."""
+    found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
+    found = found[0] if isinstance(found, (tuple, list)) and found else found
+    if not isinstance(found, Tensor):
+        raise ConfigError(
+            f"a forward that gives logits expected (a tensor, something that has `logits`, or a tuple that begins with "
+            f"them); it gives {type(outputs).__name__}"
+        )
+    return found
+
+
 def split_head(model: torch.nn.Module, inputs: Mapping[str, Tensor]) -> Head | None:
     """The head of a causal language model; None where it is no plain Linear or its logits are not those of the model.
 
@@ -184,7 +197,7 @@ def _explained(
         return None
     largest = 2 * max((head.softcap / head.scale for head in heads if head.softcap), default=_LARGEST / 2)
     with _given(module, lambda hidden: hidden * (largest / peak if peak else 1.0), lambda hidden: hidden) as found:
-        own = model(**inputs).logits
+        own = logits_of(model(**inputs))
     assert found.output is not None
     bound = _ROUNDINGS * torch.finfo(found.output.dtype).eps
     return next((head for head in heads if _same(head.logits(found.hidden), own, bound)), None)

@@ -92,6 +92,20 @@ def weights_sha256(folder: str | os.PathLike[str]) -> str:
     return digest([[path.name, _cached_sha256(path)] for path in files])
 
 
+def state_sha256(state: Mapping[str, Any]) -> str:
+    """Hash of a module's state_dict: names, dtypes, shapes and bytes of its tensors; of other entries, their text."""
+    import torch
+
+    made = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        if not isinstance(value, torch.Tensor):
+            made.update(canonical([name, value]).encode())
+            continue
+        made.update(canonical([name, str(value.dtype), list(value.shape)]).encode())
+        made.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return made.hexdigest()
+
+
 def _cached_sha256(path: Path) -> str:
     stat = path.stat()
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "predistill" / "sha256"

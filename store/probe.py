@@ -82,6 +82,13 @@ def few(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
+def is_transformers(model: nn.Module) -> bool:
+    """Is it a model of transformers, as it is or inside something that has its config (PEFT)?"""
+    return getattr(model, "config", None) is not None and any(
+        isinstance(module, PreTrainedModel) for module in model.modules()
+    )
+
+
 def look(model: nn.Module, inputs: Mapping[str, Any], attention: str | None) -> Seen:
     """Run `model` in evaluation mode, without gradients. Raises ConfigError for an encoder-decoder."""
     events: list[Event] = []
@@ -142,10 +149,9 @@ def parts(value: Any) -> Iterator[tuple[int | str | None, Tensor]]:
 
 def _flags(model: nn.Module, inputs: Mapping[str, Any], attention: str | None) -> dict[str, bool]:
     """What to ask a transformers model for; nothing of others."""
-    config = getattr(model, "config", None)
-    if not any(isinstance(module, PreTrainedModel) for module in model.modules()) or config is None:
+    if not is_transformers(model):
         return {}
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(model.config, "is_encoder_decoder", False):
         raise ConfigError(f"{type(model).__name__} is an encoder-decoder; an encoder or a decoder expected")
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())

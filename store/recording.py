@@ -79,7 +79,8 @@ class Record:
             for key in keys:
                 site = self._places.sites[key]
                 if site.call == call and site.part in held:
-                    self._raw[key] = self._with_graph(held[site.part])
+                    tensor = self._with_graph(held[site.part])
+                    self._raw[key] = tensor.clone() if key[0] == "module" else tensor  # ReLU(inplace=True) may follow
 
         if given:
             return module.register_forward_pre_hook(passed, with_kwargs=True)
