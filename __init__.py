@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AugmentConfig": ".teacher_dump.augmentation.config",
+    "augment": ".teacher_dump.augment",
     "DumpConfig": ".teacher_dump.config",
     "dump": ".teacher_dump.dump",
     "plan": ".teacher_dump.dump",
@@ -42,10 +44,13 @@ if TYPE_CHECKING:
     from .student_train.config import DistillationConfig
     from .student_train.train import train
     from .student_train.trainer import DistillationTrainer
+    from .teacher_dump.augment import augment
+    from .teacher_dump.augmentation.config import AugmentConfig
     from .teacher_dump.config import DumpConfig
     from .teacher_dump.dump import dump, plan
 
 __all__ = [
+    "AugmentConfig",
     "ConfigError",
     "DataError",
     "DistillationConfig",
@@ -60,6 +65,7 @@ __all__ = [
     "StoreMismatch",
     "TeacherStore",
     "__version__",
+    "augment",
     "dump",
     "plan",
     "train",

@@ -25,6 +25,7 @@ from . import __version__, flags, output
 from .doors import Doors, TrainCommand, common, example, show_all_help
 from .quickstart import QuickstartConfig
 from .student_train.settings import TrainConfig
+from .teacher_dump.augmentation.config import AugmentConfig
 from .teacher_dump.config import DumpConfig
 
 
@@ -161,6 +162,23 @@ def plan(ctx: click.Context, config_file: str | None, as_json: bool, **_: Any) -
         from .teacher_dump.dump import plan as run
 
         output.emit(stream, run(DumpConfig(**own)), as_json, output.plan_page)
+
+
+@cli.command(
+    params=[*flags.parameters(AugmentConfig), *common(config=True)],
+    epilog=example(
+        "predistill augment train.jsonl train-augmented.jsonl --masked-lm google-bert/bert-base-uncased \\",
+        "                   --multiplication-factor 20",
+    ),
+)
+@click.pass_context
+def augment(ctx: click.Context, config_file: str | None, as_json: bool, **_: Any) -> None:
+    """Make more rows: words replaced by others that a masked language model would say. The same command goes on."""
+    own, _rest = flags.settings(ctx, AugmentConfig, config_file)
+    with output.data_stream() as stream:
+        from .teacher_dump.augment import augment as run
+
+        output.emit(stream, run(AugmentConfig(**own)), as_json, output.pairs_page)
 
 
 def main() -> None:

@@ -80,6 +80,7 @@ def example(*lines: str) -> str:
 
 _AFTERWARDS = {
     "dump": "What is committed stays; the same command goes on from there.",
+    "augment": "Finished parts stay; the same command goes on from there.",
     "train": "Checkpoints stay; --resume-from-checkpoint true goes on from the last one.",
 }
 

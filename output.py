@@ -165,7 +165,7 @@ def plan_page(stream: TextIO, found: Mapping[str, Any]) -> None:
         write_table(stream, names, [_candidate_row(one, found["chosen"]) for one in found["candidates"]])
         stream.write("\nKL: from the teacher's distribution to what can be made of it, nats a token, on pilot rows.\n")
     if found.get("codecs"):
-        titles = ("inside the teacher", "kept as", "bytes a token", "cosine", "relative L2")
+        titles = ("inside the teacher", "kept as", "bytes a token", "cosine", "relative L2", "")
         stream.write("\n")
         write_table(stream, titles, map(_codec_row, found["codecs"]))
         stream.write("\nWhat a reader gets back against what the teacher said, on pilot rows; of the worst layer.\n")
@@ -185,7 +185,8 @@ def _codec_row(one: Mapping[str, Any]) -> list[Any]:
         measured = ["beyond its range", "-"]
     else:
         measured = [f"{one['cosine']:.6f}", f"{one['relative_l2']:.2g}"]
-    return [one["field"], one["codec"], f"{one['bytes_per_token']:,.1f}", *measured]
+    chosen = "chosen" if one["chosen"] else ""
+    return [one["field"], one["codec"], f"{one['bytes_per_token']:,.1f}", *measured, chosen]
 
 
 def verify_page(stream: TextIO, found: Mapping[str, Any]) -> None:

@@ -50,6 +50,15 @@ LOGSUMEXP = "teacher_logsumexp"
 LABEL_LOGPROBS = "teacher_label_logprobs"
 POSITIONS = "teacher_positions"  # input positions of fields with shape ("P", ...)
 POSITION_IDS = "position_ids"  # of packed rows: 0 where a document begins
+WORD_IDS = "word_ids"  # of rows of words: the word that each token is of
+NO_WORD = -1
+START_POSITIONS = "start_positions"  # of questions: the token that the answer begins at, and ends at; 0 is none
+END_POSITIONS = "end_positions"
+START_LOGITS = "teacher_start_logits"
+END_LOGITS = "teacher_end_logits"
+OFFSETS = "offsets"  # the characters of a context that each token stands for
+OUTSIDE = -1  # offsets of tokens that are not of the context
+TOKENS = "tokens"  # the words of a row, as `datasets` calls them
 
 SOURCE_INDEX = "source_index"
 VIEW = "view"

@@ -37,9 +37,9 @@ Not evaluated.
 ## Use
 
 ```python
-from transformers import pipeline
+{% if "pipeline(" in usage | join %}from transformers import pipeline
 
-{{ usage | join("\n") }}
+{% endif %}{{ usage | join("\n") }}
 ```
 {% for note in notes %}
 {{ note }}
@@ -104,9 +104,11 @@ def versions() -> dict[str, str]:
 
 
 def model_card(
-    made: Mapping[str, Any], metrics: Mapping[str, Any], task: Task, notes: Sequence[str], title: str
-) -> ModelCard:
-    """A card for the Hub, from what `provenance` returned and the run's metrics. notes: of the task, on the student."""
+    made: Mapping[str, Any], metrics: Mapping[str, Any], task: Task, notes: Sequence[str], title: str,
+    usage: Sequence[str] | None = None,
+) -> ModelCard:  # fmt: skip
+    """A card for the Hub, from what `provenance` returned and the run's metrics. notes: of the task, on the student.
+    usage: lines of Python, where the task's own are not for this student."""
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=task.pipeline,
@@ -123,7 +125,7 @@ def model_card(
         rows=f"{made['rows']:,}", where=made["settings"]["where"],
         parameters=f"{metrics['student_parameters']:,}", student=_public(made["student"]["source"]),
         teacher=", ".join(f"`{_public(name)}`" for name in teachers if name) or "a teacher",
-        usage=task.usage, notes=notes,
+        usage=usage or task.usage, notes=notes,
         versions=", ".join(f"{name} {number}" for name, number in made["versions"].items()),
     )  # fmt: skip
 

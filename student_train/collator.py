@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..store.schema import ATTENTION_MASK, INPUT_IDS, LABELS, MISSING_LABEL
+from ..store.schema import ATTENTION_MASK, INPUT_IDS, LABELS, MISSING_LABEL, NO_WORD, WORD_IDS
 
 
 class DataCollatorForDistillation:
@@ -16,8 +16,8 @@ class DataCollatorForDistillation:
 
     A mapping is a batch already (arrays [B, ...], as `rows[[...]]` and `rows.batches` give it) and is wrapped
     without a copy. A list of rows is right-padded to the longest: `input_ids` with pad_token_id, token-level
-    `labels` with -100, everything else with 0; `attention_mask` is made where it is missing. Values that are no
-    numbers are left out.
+    `labels` with -100, `word_ids` with -1, everything else with 0; `attention_mask` is made where it is missing.
+    Values that are no numbers are left out.
     """
 
     def __init__(self, pad_token_id: int = 0) -> None:
@@ -40,7 +40,7 @@ class DataCollatorForDistillation:
         return batch
 
     def _pad_value(self, name: str) -> int:
-        return self.pad_token_id if name == INPUT_IDS else MISSING_LABEL if name == LABELS else 0
+        return {INPUT_IDS: self.pad_token_id, LABELS: MISSING_LABEL, WORD_IDS: NO_WORD}.get(name, 0)
 
 
 def _number(value: Any, name: str) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..store.schema import MISSING_LABEL
 from .losses.catalogue import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 Scores = dict[str, float]
+_ENTITY_TAG = re.compile(r"O|[BIESLU](-.+)?")
 
 
 def compute_metrics_for(problem_type: str) -> Callable[[Any], Scores]:
@@ -27,6 +29,46 @@ def compute_metrics_for(problem_type: str) -> Callable[[Any], Scores]:
         return score(torch.as_tensor(np.asarray(logits)).float(), torch.as_tensor(np.asarray(labels)))
 
     return compute_metrics
+
+
+def tag_metrics_for(names: Sequence[str] | None) -> Callable[[Any], Scores]:
+    """`compute_metrics` of a Trainer for taggers: of entities, where the tags `names` are about entities."""
+
+    def compute_metrics(prediction: Any) -> Scores:
+        found, labels = prediction.predictions, prediction.label_ids
+        logits = found[0] if isinstance(found, tuple) else found
+        return tag_scores(torch.as_tensor(np.asarray(logits)).float(), torch.as_tensor(np.asarray(labels)), names)
+
+    return compute_metrics
+
+
+def tag_scores(logits: torch.Tensor, labels: torch.Tensor, names: Sequence[str] | None) -> Scores:
+    """logits [N, S, C], labels int [N, S], -100 for none: accuracy over words; beside it F1 of tags, averaged over
+    those that occur, or precision, recall and F1 of whole entities, as seqeval (and conlleval) counts them."""
+    known = labels != MISSING_LABEL
+    if names is None or not all(_ENTITY_TAG.fullmatch(name) for name in names) or not known.any():
+        return single_label(logits.flatten(0, 1), labels.flatten())
+    predicted = logits.argmax(-1)
+    rows = [
+        [[names[at] for at in row[there].tolist()] for row, there in zip(tags, known, strict=True)]
+        for tags in (labels, predicted)
+    ]
+    accuracy = float((predicted == labels)[known].float().mean())
+    return {"accuracy": accuracy, **entity_scores(rows[0], rows[1], names)}
+
+
+def entity_scores(truth: list[list[str]], predicted: list[list[str]], names: Sequence[str]) -> Scores:
+    """Precision, recall and F1 over all entities. Tags of B, I, O, E and S as seqeval's default reads them; of B, I, L,
+    U and O, which that does not know, in its strict mode."""
+    from seqeval.metrics import f1_score, precision_score, recall_score
+    from seqeval.scheme import BILOU
+
+    strict = any(name[0] in "LU" for name in names)
+    more: dict[str, Any] = {"mode": "strict", "scheme": BILOU} if strict else {}
+    return {
+        name: float(score(truth, predicted, zero_division=0, **more))
+        for name, score in (("precision", precision_score), ("recall", recall_score), ("f1", f1_score))
+    }
 
 
 def single_label(logits: torch.Tensor, labels: torch.Tensor) -> Scores:

@@ -23,10 +23,11 @@ import torch
 from torch import nn
 
 from ..store.errors import ConfigError
-from ..store.schema import INPUT_IDS, LABELS
+from ..store.schema import END_POSITIONS, INPUT_IDS, LABELS, OFFSETS, START_POSITIONS, WORD_IDS
 from .losses.terms import Term
 
 Batch = Mapping[str, torch.Tensor]
+NEVER_GIVEN = {LABELS, START_POSITIONS, END_POSITIONS, OFFSETS, WORD_IDS}  # columns that no student is given
 
 
 class Step(NamedTuple):
@@ -40,7 +41,7 @@ class Step(NamedTuple):
 class Evaluated(NamedTuple):
     """A batch of evaluation. loss: its mean; totals: [n], to be added up; None where columns are missing.
 
-    logits: [B, C], where metrics are computed of them; None for a task that keeps none.
+    logits: [B, C], or what else of each row metrics are computed of; None for a task that keeps none.
     """
 
     loss: torch.Tensor | None
@@ -59,11 +60,15 @@ class Objective(ABC):
     keeps_logits: bool  # for compute_metrics
     stored_fields: Sequence[str] = ()  # of `fields`, those that it decodes itself, where it computes
     looks_inside = False  # does `attach` look at the student?
+    judges_rows = False  # does `row_scores` wait for what `evaluate` keeps of each row?
 
     def __init__(self, terms: Sequence[Term]) -> None:
         self.terms = [term for term in terms if term.weight]
         if terms and not self.terms:
             raise ConfigError("every term of the loss has weight 0; give one of them a weight above 0")
+
+    def settle(self, settings: Any) -> None:  # noqa: B027
+        """Take from DistillationSettings what is not said by terms."""
 
     def attach(self, model: nn.Module, inputs: Batch) -> None:  # noqa: B027
         """Meet the student before its optimizer does. inputs: of some rows, those columns that it takes."""
@@ -93,6 +98,11 @@ class Objective(ABC):
     @abstractmethod
     def scores(self, totals: torch.Tensor) -> dict[str, float]:
         """Metrics, `loss` among them, from the totals of all batches and ranks: float64 [n]."""
+
+    def row_scores(self, rows: Any, kept: Any) -> dict[str, float]:
+        """Metrics of rows of a store that need more of them than a batch: `kept` is what `evaluate` kept of each, in
+        order, an array [N, ...]; None where it kept nothing."""
+        return {}
 
     @property
     def names(self) -> list[str]:
@@ -144,4 +154,4 @@ def accepted_inputs(model: Any) -> set[str]:
     varying = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     named = {name for name, one in parameters.items() if one.kind not in varying}
     open_ended = any(one.kind == one.VAR_KEYWORD for one in parameters.values())
-    return set() if open_ended and INPUT_IDS not in named else named - {LABELS}
+    return set() if open_ended and INPUT_IDS not in named else named - NEVER_GIVEN

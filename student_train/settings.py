@@ -19,7 +19,9 @@ DEFAULT_TEMPERATURE = 2.0
 DEFAULT_ALPHA = 0.7
 SHUFFLES = ("auto", "global", "window")
 FROM_TEACHER_LAYERS = "from-teacher-layers:"
+BILSTM_CNN = "bilstm-cnn"
 ONLY_STAGE = "distillation"
+HAYSTACK_LOSSES = {"kl_div": "kl", "mse": "mse"}
 
 
 def _setting(default: Any, help: str, **more: Any) -> Any:
@@ -56,6 +58,11 @@ class DistillationSettings:
         None,
         "Weight of the teacher's part; 1 - alpha weighs the labels. 0 trains on labels only. Default: 0.7.",
     )
+    distillation_loss: str | None = _setting(
+        None, "Haystack's name of --loss: kl_div or mse; with a preset, instead of its comparison of logits.",
+        choices=tuple(HAYSTACK_LOSSES),
+    )  # fmt: skip
+    distillation_loss_weight: float | None = _setting(None, "Haystack's name of --alpha.")
     pseudo_labels: float = _setting(
         0.0, "Weight of cross entropy to the teacher's own prediction on rows without a label."
     )
@@ -63,6 +70,12 @@ class DistillationSettings:
         0.0,
         "Leave out rows whose teacher gives its prediction less probability than this.",
         unit="probability",
+    )
+    max_answer_length: int = _setting(30, "Longest answer that evaluation takes from a text.", unit="tokens")
+    no_answer_threshold: float = _setting(
+        0.0,
+        "Where some questions have no answer: how much higher than the best answer's the score of none must be for "
+        "none to be given.",
     )
     shuffle: str = _setting(
         "auto", "Shuffle all rows (global), or within windows that are read together; auto: what memory holds.",
@@ -76,6 +89,7 @@ class DistillationSettings:
         self.check_settings()
 
     def check_settings(self) -> None:
+        self._take_aliases()
         _within("temperature", self.temperature, 1e-3, 1e6)
         _within("alpha", self.alpha, 0, 1)
         _within("pseudo_labels", self.pseudo_labels, 0, 1e6)
@@ -83,6 +97,8 @@ class DistillationSettings:
         if self.pseudo_label_confidence and not self.pseudo_labels:
             raise ConfigError("--pseudo-label-confidence is for --pseudo-labels; give both")
         _within("shuffle_window", self.shuffle_window, 1, 2**62)
+        _within("max_answer_length", self.max_answer_length, 1, 2**31)
+        _within("no_answer_threshold", self.no_answer_threshold, -1e6, 1e6)
         if self.shuffle not in SHUFFLES:
             raise ConfigError(f"--shuffle is one of {', '.join(SHUFFLES)}; got {self.shuffle!r}")
         self.recipe()
@@ -110,7 +126,29 @@ class DistillationSettings:
             raise ConfigError(f"--preset is one of {', '.join(PRESETS)}; got {self.preset!r}")
         if self.loss.strip() != DEFAULT_LOSS:
             raise ConfigError(f"--preset {self.preset} has a loss of its own; leave out --loss")
-        return PRESETS[self.preset](temperature=self.temperature, alpha=self.alpha)
+        stages = PRESETS[self.preset](temperature=self.temperature, alpha=self.alpha)
+        if self.distillation_loss is None:
+            return stages
+        loss = HAYSTACK_LOSSES[self.distillation_loss]
+        return tuple(
+            replace(stage, terms=tuple(
+                replace(term, loss=loss, options={}) if term.name == "logits" else term for term in stage.terms
+            )) for stage in stages
+        )  # fmt: skip
+
+    def _take_aliases(self) -> None:
+        """Haystack's names become ours; its loss stays where a preset has one of its own. Raises ConfigError."""
+        if self.distillation_loss is not None and self.distillation_loss not in HAYSTACK_LOSSES:
+            allowed = ", ".join(HAYSTACK_LOSSES)
+            raise ConfigError(f"--distillation-loss is one of {allowed}; got {self.distillation_loss!r}")
+        if self.distillation_loss_weight is not None:
+            if self.alpha is not None:
+                raise ConfigError("--distillation-loss-weight is --alpha by another name; give one of them")
+            self.alpha, self.distillation_loss_weight = self.distillation_loss_weight, None
+        if self.distillation_loss is not None and self.loss.strip() != DEFAULT_LOSS:
+            raise ConfigError("--distillation-loss is --loss by another name; give one of them")
+        if self.distillation_loss is not None and self.preset is None:
+            self.loss, self.distillation_loss = HAYSTACK_LOSSES[self.distillation_loss], None
 
     def _mixture(self, default: float) -> tuple[Term, ...]:
         terms = parse_losses(self.loss)
@@ -164,11 +202,14 @@ class TrainConfig(DistillationSettings):
         metadata={"help": "Folders of teacher outputs made by `predistill dump`.", "argument": True},
     )
     student: str | None = _setting(
-        None, "Student: a Hub id, a folder, or from-teacher-layers:1,3,5 (copies these blocks of the teacher, "
-        "counted from 1)."
+        None, "Student: a Hub id, a folder, from-teacher-layers:1,3,5 (copies these blocks of the teacher, counted "
+        "from 1), or, to tag words, bilstm-cnn (no transformer; about 3M parameters)."
     )  # fmt: skip
     student_config: str | None = _setting(
         None, "Student with random weights: a config.json, or a folder that holds one."
+    )
+    student_vectors: str | None = _setting(
+        None, "Text file of word vectors, as of word2vec or GloVe, that a new bilstm-cnn begins with; .gz too."
     )
     teacher: str | None = _setting(
         None,
@@ -238,9 +279,14 @@ class TrainConfig(DistillationSettings):
         """A stage written out: the run's settings of the loss, but for those that it has of its own."""
         shared = {key: getattr(self, key) for key in _LOSS_SETTINGS}
         loss = {key: value for key, value in own.items() if key in _LOSS_SETTINGS}
+        shared |= {name: _UNSAID[name] for alias, name in _ALIASES.items() if alias in own}
         terms = DistillationSettings(**{**shared, **loss}).terms(temperature)
         return Stage(name, terms, given={key: value for key, value in own.items() if key not in _LOSS_SETTINGS})
 
 
-_LOSS_SETTINGS = ("loss", "temperature", "alpha", "layer_map", "pseudo_labels", "pseudo_label_confidence")
+_ALIASES = {"distillation_loss": "loss", "distillation_loss_weight": "alpha"}
+_UNSAID: dict[str, Any] = {"loss": DEFAULT_LOSS, "alpha": None}
+_LOSS_SETTINGS = (
+    "loss", "temperature", "alpha", "layer_map", "pseudo_labels", "pseudo_label_confidence", *_ALIASES,
+)  # fmt: skip
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")

@@ -21,7 +21,7 @@ from transformers import AutoConfig
 
 from ..store.errors import ConfigError
 from ..store.identity import weights_sha256
-from .settings import FROM_TEACHER_LAYERS, TrainConfig
+from .settings import BILSTM_CNN, FROM_TEACHER_LAYERS, TrainConfig
 from .tasks import Task, task_of
 from .tokens import check_vocabulary, store_tokenizer, student_tokenizer
 
@@ -44,7 +44,13 @@ def build_student(config: TrainConfig, store: Any) -> Student:
     Raises ConfigError or DataError for a student that cannot learn from this store.
     """
     task = task_of(store)
-    if config.student is not None and config.student.startswith(FROM_TEACHER_LAYERS):
+    if reads_words(config):
+        from .word_students import word_student
+
+        student = Student(*word_student(config, task), str(config.student or config.student_config), retokenize=True)
+    elif config.student_vectors is not None:
+        raise ConfigError(f"--student-vectors {config.student_vectors}: for --student {BILSTM_CNN}; leave it away")
+    elif config.student is not None and config.student.startswith(FROM_TEACHER_LAYERS):
         layers = parse_layers(config.student)
         folder = teacher_folder(config, store)
         student = Student(from_teacher_layers(folder, layers, task), store_tokenizer(store), config.student)
@@ -58,6 +64,17 @@ def build_student(config: TrainConfig, store: Any) -> Student:
     check_vocabulary(student.model, student.tokenizer)
     task.check_student(student.model)
     return student
+
+
+def reads_words(config: TrainConfig) -> bool:
+    """Is the student that `config` asks for one of those that read words, not pieces of them?"""
+    place = Path(str(config.student or config.student_config)).expanduser()
+    try:
+        file = place / "config.json" if place.is_dir() else place
+        kind = json.loads(file.read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):  # refused by those who read it in earnest
+        kind = None
+    return BILSTM_CNN in (config.student, kind)
 
 
 def auto_class(task: Task) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from torch import nn
@@ -105,10 +105,10 @@ class RetokenizedRows:
         }  # fmt: skip
         self.nbytes = rows.nbytes + sum(values.nbytes for values in self.tokens.values())
 
-    def narrowed(self, fields: Sequence[str]) -> RetokenizedRows:
-        other = object.__new__(RetokenizedRows)
+    def narrowed(self, fields: Sequence[str], stored: Sequence[str] = ()) -> Self:
+        other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other.rows = narrowed(self.rows, fields)
+        other.rows = narrowed(self.rows, fields, stored)
         return other
 
     def __len__(self) -> int:
@@ -142,7 +142,7 @@ class RetokenizedRows:
         places = np.arange(int(lengths.max(initial=0)))
         mask = places < lengths[:, None]
         entries = np.where(mask, self.starts[chosen, None] + places, 0)
-        kept = {name: values for name, values in batch.items() if name not in (*_INPUTS, *self.tokens)}
+        kept = {name: values for name, values in batch.items() if name not in (*INPUTS, *self.tokens)}
         for name, values in self.tokens.items():
             kept[name] = np.where(mask, values[entries], self._pad(name)).astype(np.int64)
         return {**kept, ATTENTION_MASK: mask.astype(np.int64)}
@@ -151,7 +151,7 @@ class RetokenizedRows:
         return self.pad_token_id if name == INPUT_IDS else 0
 
 
-_INPUTS = (INPUT_IDS, "token_type_ids", ATTENTION_MASK)
+INPUTS = (INPUT_IDS, "token_type_ids", ATTENTION_MASK)
 
 
 def retokenized(rows: Any, tokenizer: Any, columns: Sequence[str], max_length: int | None) -> RetokenizedRows:

@@ -27,7 +27,7 @@ from .projections import ATTRIBUTE, attach_projections
 from .settings import DistillationSettings, TrainConfig
 from .stores import evaluation_split, open_stores, select
 from .students import Student, build_student
-from .tasks import Task, make_objective, task_of
+from .tasks import Task, check_known, make_objective, task_of
 from .trainer import DistillationTrainer
 
 
@@ -55,6 +55,7 @@ def train(settings: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
 
     stores = open_stores(config.stores)
     task = task_of(stores[0])
+    check_known(stores[0], config)
     stages = config.recipe(task.temperature)
     start = prepare_folder(config, output, stages)
     set_seed(training_arguments(config, stages[-1], output, None).seed)
@@ -191,5 +192,6 @@ def save(
     (output / "training_args.bin").unlink(missing_ok=True)  # a pickle; predistill.json says the same
     write_json(output / METRICS, metrics)
     write_json(output / PROVENANCE, made)
-    notes = task.card_notes(trainer.accelerator.unwrap_model(trainer.model).config)
-    model_card(made, metrics, task, notes, output.resolve().name).save(output / CARD)
+    student: Any = trainer.accelerator.unwrap_model(trainer.model)
+    notes, usage = task.card_notes(student.config), getattr(student, "usage", None)
+    model_card(made, metrics, task, notes, output.resolve().name, usage).save(output / CARD)

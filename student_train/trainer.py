@@ -23,7 +23,7 @@ from ..store.schema import LABELS
 from .collator import DataCollatorForDistillation
 from .config import DistillationConfig
 from .dataset import StoreDataLoader, first_row, gather_real, is_store_rows, narrowed
-from .objective import Objective, Totals, accepted_inputs
+from .objective import NEVER_GIVEN, Objective, Totals, accepted_inputs
 from .projections import attach_projections, load_projections, projections_of, save_projections
 from .sampler import EvaluationBatchSampler, TrainBatchSampler, memory_bytes, window_of
 from .tasks import default_objective
@@ -65,9 +65,11 @@ class DistillationTrainer(Trainer):
 
     @functools.cached_property
     def distillation_objective(self) -> Objective:
-        return self._given_objective or default_objective(
+        made = self._given_objective or default_objective(
             self.args.terms, [self.train_dataset, self.eval_dataset], self._student
         )
+        made.settle(self.args)
+        return made
 
     def _attach(self) -> None:
         """What the objective adds to the student is there before the optimizer looks for parameters."""
@@ -132,7 +134,7 @@ class DistillationTrainer(Trainer):
         accepted = self._accepted_inputs
         return {
             name: value for name, value in inputs.items()
-            if (name in accepted if accepted else name != LABELS and not name.startswith("teacher_"))
+            if (name in accepted if accepted else name not in NEVER_GIVEN and not name.startswith("teacher_"))
         }  # fmt: skip
 
     @functools.cached_property
@@ -185,6 +187,9 @@ class DistillationTrainer(Trainer):
         if self.compute_metrics is not None and not self.distillation_objective.keeps_logits:
             raise ConfigError("compute_metrics would need the logits of every token, which are not kept; leave it out")
         self._evaluated.drain()
+        judged = isinstance(dataloader, StoreDataLoader) and self.distillation_objective.judges_rows
+        if judged:
+            prediction_loss_only = False
         if self.args.world_size > 1 and isinstance(dataloader, StoreDataLoader):
             self.gather_function = functools.partial(gather_real, self.accelerator, dataloader)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
@@ -192,6 +197,8 @@ class DistillationTrainer(Trainer):
         totals = self._evaluated.drain()
         if totals is not None:
             found = self.distillation_objective.scores(self._over_ranks(totals.to(self.args.device)).cpu())
+            if judged:
+                found |= self.distillation_objective.row_scores(dataloader.rows, output.predictions)  # type: ignore[attr-defined]
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         return output._replace(metrics=metrics)
 

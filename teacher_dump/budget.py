@@ -128,9 +128,10 @@ def settle_inner(
             sizes[way] = planning.room(size, rows, rows)
     smallest = min(sizes, key=lambda way: sizes[way])
     if sizes[smallest] > budget:
+        named = smallest.name if inside.square else smallest.dtype
         raise ConfigError(
-            f"--budget {budget / 1e6:.3g} MB: the smallest store would have {sizes[smallest] / 1e6:.3g} MB "
-            f"({smallest.name}); give that much, fewer --layers or fewer --fields"
+            f"--budget {budget / 1e6:.3g} MB: the smallest store would have {sizes[smallest] / 1e6:.3g} MB ({named}); "
+            f"give that much, fewer --layers or fewer --fields"
         )
     allowed = budget * (_INNER_SHARE if share else 1)
     return next((way for way in sizes if sizes[way] <= allowed), smallest), costs

@@ -63,7 +63,8 @@ class Capture:
         self._teacher, self._task = teacher, task
         self.model = teacher.load()
         self.device = _first_device(self.model) or teacher.device
-        self.dtype = next(self.model.parameters()).dtype
+        self.dtype = next((one.dtype for one in self.model.parameters()), torch.float32)
+        self.no_grad = teacher.no_grad
         check_dtype(self.dtype, self.device)
 
     def __call__(self, samples: Samples, rows: np.ndarray, **given: Any) -> Captured:
@@ -71,7 +72,7 @@ class Capture:
         inputs = self.inputs(samples, rows)
         began = self._now()
         try:
-            with torch.inference_mode():
+            with self.no_grad():
                 fields = self._task.forward(self.model, inputs, samples, rows, **given)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise self._out_of_memory(inputs) from error

@@ -8,7 +8,12 @@ from huggingface_hub import DatasetCard, DatasetCardData
 
 from ..store import Plan
 
-_HUB_TASKS = {"text-classification": "text-classification", "causal-lm": "text-generation"}  # by task
+_HUB_TASKS = {
+    "text-classification": "text-classification",
+    "token-classification": "token-classification",
+    "question-answering": "question-answering",
+    "causal-lm": "text-generation",
+}
 _TEMPLATE = """---
 {{ card_data }}
 ---
@@ -21,7 +26,7 @@ Made by predistill; the layout is described in its `store/FORMAT.md`.
 | | |
 |---|---|
 | task | {{ plan.task }} |
-| teacher | `{{ teacher.name }}` ({{ teacher.class }}, {{ weights }}) |
+| teacher | {{ teacher_name }}, {{ weights }}) |
 | tokenizer | `{{ plan.identity.tokenizer.name }}` (sha256 {{ plan.identity.tokenizer.sha256[:12] }}) |
 | dataset | `{{ dataset.name }}` ({{ revision }}rows sha256 {{ dataset.rows_sha256[:12] }}) |
 | samples | {{ samples }} |
@@ -112,9 +117,11 @@ def dataset_card(plan: Plan, committed: dict[str, dict[str, int]], name: str) ->
         configs=[{"config_name": "default", "data_files": "samples.parquet"}],
     )
     teacher, dataset = plan.identity["teacher"], plan.identity["dataset"]
-    sha256, revision = teacher.get("weights_sha256"), dataset["revision"]
+    sha256, revision = teacher.get("weights_sha256") or teacher.get("state_sha256"), dataset["revision"]
+    given = f"`{teacher['class']}` (given in Python"
+    named = f"`{teacher['name']}` ({teacher['class']}" if "name" in teacher else given
     card = DatasetCard.from_template(
-        head, template_str=_TEMPLATE, plan=plan, name=name, teacher=teacher, dataset=dataset, samples=samples,
+        head, template_str=_TEMPLATE, plan=plan, name=name, teacher_name=named, dataset=dataset, samples=samples,
         weights=f"weights sha256 {sha256[:12]}" if sha256 else f"commit {teacher['commit']}",
         revision=f"revision {revision}, " if revision else "", splits=list(splits.values()),
         first_shard=plan.shards[0].name, layered=any("layers" in spec.parameters for spec in plan.fields),

@@ -24,9 +24,10 @@ MOST_DRAWS = 255  # the draws of one id are stored in a byte
 COLDEST, HOTTEST = 1e-3, 1e6  # temperatures that train takes
 AUTO = "auto"
 NO_COLUMN = "none"
-DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow")
+DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".conll", ".bio")
 _WHOLE_NUMBERS = {
     "max_length": 1, "tokens_per_batch": 1, "shard_size": 1, "budget": 1, "top_k_logits": 0, "sampled_logits": 1,
+    "doc_stride": 0,
 }  # fmt: skip
 _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]i?)?b?", re.IGNORECASE)
 _NAMED = re.compile(r"(?P<split>\w[\w.-]*)=(?P<path>.+)", re.DOTALL)
@@ -50,7 +51,7 @@ class DumpConfig:
 
     teacher: str = _needed("The fine-tuned model to run: a Hub id or a folder.")
     dataset: str = _needed(
-        "Hub id, folder, or file (csv, tsv, json, jsonl, parquet, arrow; .gz too), or several as "
+        "Hub id, folder, or file (csv, tsv, json, jsonl, parquet, arrow, conll; .gz too), or several as "
         "train=PATH,validation=PATH. A lone file is train."
     )
     task: str = _needed("What the teacher does.", choices=tuple(TASKS))
@@ -61,11 +62,16 @@ class DumpConfig:
     split: list[str] = _list([], "Splits to dump. Default: all that the dataset has.")
     text_column: str | None = _setting(
         None,
-        "Column of the text. Default: text; for language models text, messages, or prompt and completion, where there.",
+        "Column of the text. Default: text; of words tokens; of questions question; for language models text, "
+        "messages, or prompt and completion, where there.",
     )
-    text_pair_column: str | None = _setting(None, "Column of the second text, for sentence pairs.")
+    text_pair_column: str | None = _setting(
+        None, "Column of the second text, for sentence pairs; of questions context."
+    )
     label_column: str = _setting(
-        AUTO, "Column of the labels; auto takes label or labels where there; none leaves rows unlabelled."
+        AUTO,
+        "Column of the labels; auto takes label or labels where there, of words ner_tags, pos_tags, chunk_tags, tags "
+        "or labels, of questions answers; none leaves rows unlabelled.",
     )
     label_names: list[str] = _list([], "Names of the classes in the teacher's order, where its config lacks them.")
     label_order: str = _setting(
@@ -87,10 +93,13 @@ class DumpConfig:
     )
     attention_storage: str = _setting(
         EXACT,
-        "How attentions are kept: exact; queries-keys, from which training makes them again; or head-mean.",
+        "How attentions and their scores are kept: exact; queries-keys, from which training makes them again; or "
+        "head-mean. predistill plan says what each takes and loses.",
         choices=STORAGES,
     )
-    capture: list[str] = _list([], "Modules of the teacher, by name, whose outputs to keep too.")
+    capture: list[str] = _list(
+        [], "Modules of the teacher, by name (bert.encoder.layer.3), whose outputs to keep beside the fields."
+    )
     keep_columns: list[str] = _list([], "Source columns to carry into the store, for queries.")
     dtype: str = _setting(
         "float16",
@@ -125,7 +134,18 @@ class DumpConfig:
         "is inside the teacher (dtype, attention storage) are kept, by fidelity.",
         unit="bytes",
     )
-    max_length: int | None = _setting(None, "Longer inputs are cut. Default: what the teacher takes.", unit="tokens")
+    max_length: int | None = _setting(
+        None,
+        "Longer inputs are cut, long contexts of questions read in windows. Default: what the teacher takes; of "
+        "questions at most 384.",
+        unit="tokens",
+    )
+    doc_stride: int | None = _setting(
+        None,
+        "Tokens of a long context that two neighbouring windows share. Default: 128, or a third of --max-length where "
+        "that is less.",
+        unit="tokens",
+    )
     tokens_per_batch: int | None = _setting(
         None, "Size of a teacher batch, padding included. Default: 4096 on a CPU, 32768 elsewhere.", unit="tokens"
     )

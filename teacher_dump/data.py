@@ -12,13 +12,14 @@ import datasets
 import pyarrow as pa
 
 from ..store.errors import ConfigError, DataError
+from . import conll, squad
 from .config import DATA_SUFFIXES, DumpConfig, named_paths
 from .disk import out_of_space
 
 SLICE = 10_000  # rows read at a time
 _BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
 _CSV = {"keep_default_na": False, "na_values": [""]}  # the word "null" is text; only an empty cell is missing
-assert set(_BUILDERS) == set(DATA_SUFFIXES)
+assert {*_BUILDERS, *conll.SUFFIXES} == set(DATA_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,10 @@ def load_rows(config: DumpConfig) -> SourceData:
         else:
             name, revision = _name(paths), None
             found = _from_path(paths[""]) if "" in paths else {s: _alone(s, path) for s, path in paths.items()}
-    return SourceData(name, revision, _chosen(config, found))
+    splits = _chosen(config, found)
+    with _quiet(), _one_line(config.dataset), out_of_space(Path(datasets.config.HF_DATASETS_CACHE)):
+        splits = {split: squad.questions(rows) if squad.are_articles(rows) else rows for split, rows in splits.items()}
+    return SourceData(name, revision, splits)
 
 
 def read(rows: datasets.Dataset, columns: Sequence[str], at: slice | Sequence[int]) -> pa.Table:
@@ -101,8 +105,10 @@ def _alone(split: str, path: Path) -> datasets.Dataset:
 
 def _from_file(path: Path) -> datasets.Dataset:
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
-    if suffix not in _BUILDERS:
+    if suffix not in DATA_SUFFIXES:
         raise ConfigError(f"--dataset {path}: one of {', '.join(DATA_SUFFIXES)} expected (.gz too); got {suffix!r}")
+    if suffix in conll.SUFFIXES:
+        return conll.load(path)
     options: dict[str, Any] = dict(_CSV) if _BUILDERS[suffix] == "csv" else {}
     if suffix == ".tsv":
         options["sep"] = "\t"

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..store import ConfigError, FieldSpec, Plan, ShardPlan, StoreWriter, describe, manifest, schema
 from ..store.writer import check_folder
 from . import budget, planning
@@ -22,6 +24,7 @@ from .card import dataset_card
 from .config import DumpConfig
 from .data import SourceData, load_rows
 from .disk import check_room
+from .given import lent, teacher_of
 from .inner import Inner, Way
 from .inner_fidelity import Cost
 from .inner_pilot import InnerPilot
@@ -48,29 +51,33 @@ class Job:
     tokens_per_batch: int
     choice: Choice
     capture: Capture | None  # where the plan could not be made without it
-    costs: Sequence[Cost] = ()  # of what is inside the teacher, where that was measured
+    codecs: Sequence[dict[str, Any]] = ()  # ways of keeping what is inside the teacher, where they were measured
 
 
-def dump(config: DumpConfig) -> dict[str, Any]:
+def dump(config: DumpConfig, model: torch.nn.Module | None = None) -> dict[str, Any]:
     """Run the teacher over the rows and keep what it says in `config.output_dir`.
 
+    model: the teacher, where it is not to be loaded: any module that takes `input_ids` and `attention_mask` (and
+    `token_type_ids`, if it names them) and gives logits; then `config.teacher` is where its tokenizer is. It runs where
+    it is, or on `config.device`, and is afterwards as it was.
     Returns what `describe` says of the store, and seconds, teacher_seconds and tokens_per_second of this run; with
     `dry_run`, what `plan` returns. Raises ConfigError, DataError, StoreMismatch (the folder holds a dump of other
     settings), StoreError (another dump is writing there), OutOfSpace. Whatever stops it, committed shards stay.
     """
     if config.dry_run:
-        return plan(config)
+        return plan(config, model)
     began, folder, tally = time.perf_counter(), Path(config.output_dir).expanduser(), Tally()
-    job = _prepare(config)
-    done = _committed(folder)
-    overwrite = config.overwrite or not done  # a plan of which nothing is committed yet holds nobody to it
-    left = sum(shard.stop - shard.start for shard in job.plan.shards if overwrite or shard.name not in done)
-    check_room(folder, planning.room(job.pilot, left, job.source.rows) - (sum(done.values()) if overwrite else 0))
-    with StoreWriter.begin(folder, job.plan, overwrite) as writer:
-        missing = writer.missing()
-        if missing or not (folder / manifest.MANIFEST).exists():
-            _run_shards(config, job, writer, missing, tally)
-            _finish(job, writer)
+    with lent(config, model):
+        job = _prepare(config, model)
+        done = _committed(folder)
+        overwrite = config.overwrite or not done  # a plan of which nothing is committed yet holds nobody to it
+        left = sum(shard.stop - shard.start for shard in job.plan.shards if overwrite or shard.name not in done)
+        check_room(folder, planning.room(job.pilot, left, job.source.rows) - (sum(done.values()) if overwrite else 0))
+        with StoreWriter.begin(folder, job.plan, overwrite) as writer:
+            missing = writer.missing()
+            if missing or not (folder / manifest.MANIFEST).exists():
+                _run_shards(config, job, writer, missing, tally)
+                _finish(job, writer)
     seconds = time.perf_counter() - began
     return {
         **describe(folder), "seconds": round(seconds, 3), "teacher_seconds": round(tally.teacher_seconds, 3),
@@ -78,27 +85,28 @@ def dump(config: DumpConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def plan(config: DumpConfig) -> dict[str, Any]:
-    """Size and time of a dump, measured on a few rows; writes nothing.
+def plan(config: DumpConfig, model: torch.nn.Module | None = None) -> dict[str, Any]:
+    """Size and time of a dump, measured on a few rows; writes nothing. model: as `dump` takes it.
 
     Returns {"bytes", "bytes_per_sample", "shards", "samples", "tokens", "seconds", "free_bytes"}; for language models
     also "candidates", a list of fidelity.Candidate as dicts, and "chosen", the name of one; where something inside the
     teacher is kept, "codecs", what each way of it takes and loses (inner_fidelity.Cost).
     """
-    job = _prepare(config, compare=True)
-    capture = job.capture or Capture(job.teacher, job.task)
-    found = {**_measure(config, job, capture, planning.PILOT_ROWS, job.plan.shards), **job.choice.to_json()}
-    return {**found, "codecs": [cost.to_json() for cost in job.costs]} if job.costs else found
+    with lent(config, model):
+        job = _prepare(config, model, compare=True)
+        capture = job.capture or Capture(job.teacher, job.task)
+        found = {**_measure(config, job, capture, planning.PILOT_ROWS, job.plan.shards), **job.choice.to_json()}
+    return {**found, "codecs": job.codecs} if job.codecs else found
 
 
-def _prepare(config: DumpConfig, compare: bool = False) -> Job:
+def _prepare(config: DumpConfig, model: torch.nn.Module | None, compare: bool = False) -> Job:
     """Rows loaded, checked and hashed, the teacher identified, shards planned; compare: ways of keeping it all too."""
     folder = Path(config.output_dir).expanduser()
     check_folder(folder)
     source = load_rows(config)
     kind = task_class(config.task)
     kept = None if compare else inside.earlier(config, folder)
-    teacher = Teacher(inside.implementation(config, kept), kind.model_class)
+    teacher = teacher_of(inside.implementation(config, kept), kind.model_class, model)
     choice = None if compare else budget.earlier(config, folder)
     task: Task = kind(choice.config if choice else config, teacher, source)
     checked = survey(source, task, config.keep_columns)
@@ -113,8 +121,8 @@ def _prepare(config: DumpConfig, compare: bool = False) -> Job:
         capture = Capture(teacher, task)
         kept, costs = _look_inside(config, task, capture, pilot, carried, source.rows, compare)
         if inside.implementation(config, kept).attention != config.attention and config.budget is not None:
-            teacher = Teacher(inside.implementation(config, kept), kind.model_class)  # that of the way that was chosen
-            capture = Capture(teacher, task)
+            teacher = teacher_of(inside.implementation(config, kept), kind.model_class, model)
+            capture = Capture(teacher, task)  # in the way that was chosen
     own = list(kept.specs) if kept else []
     per_batch = planning.tokens_per_batch(config, teacher, own, pilot)
     if budget.is_about_logits(config) and (compare or (choice is None and budget.must_measure(config, task.fields))):
@@ -136,7 +144,8 @@ def _prepare(config: DumpConfig, compare: bool = False) -> Job:
         "tokens_per_batch": per_batch, "shard_size": config.shard_size, **choice.settings(config.budget),
     }  # fmt: skip
     made = Plan(config.task, settings, _identity(source, teacher, checked), fields, shards, task.label_names)
-    return Job(source, teacher, task, pilot, made, per_batch, choice, capture, costs)
+    codecs = [cost.to_json(kept.way) for cost in costs] if kept else []
+    return Job(source, teacher, task, pilot, made, per_batch, choice, capture, codecs)
 
 
 def _look_inside(
@@ -177,6 +186,8 @@ def _run_shards(config: DumpConfig, job: Job, writer: StoreWriter, missing: list
             background.close()
     if cut := tally.notes.get("truncated"):
         say(f"note: {cut} of {tally.rows} rows were longer than {job.plan.settings['max_length']} tokens and were cut")
+    if lost := tally.notes.get("words_without_tokens"):
+        say(f"note: the tokenizer makes nothing of {lost} words, which have no logits")
 
 
 def _run_shard(job: Job, ready: Prepared, capture: Capture, keeper: ShardKeeper, background: Background,
@@ -203,8 +214,8 @@ def _measure(config: DumpConfig, job: Job, capture: Capture, rows: int, shards: 
     length = found["tokens"] / found["samples"]
     say(
         f"{found['samples']} rows of {length:.1f} tokens: {found['bytes'] / 1e6:.1f} MB in {found['shards']} "
-        f"shards ({found['bytes_per_sample']:.0f} bytes a row), {len(shards)} to do{time_left}; "
-        f"{found['free_bytes'] / 1e9:.1f} GB free"
+        f"shard{'s' if found['shards'] > 1 else ''} ({found['bytes_per_sample']:.0f} bytes a row), {len(shards)} to "
+        f"do{time_left}; {found['free_bytes'] / 1e9:.1f} GB free"
     )
     return found
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,22 @@ from torch import Tensor
 
 from ..store import ConfigError, FieldSpec, manifest
 from ..store.activations import Sites
+from ..store.head import head_module
+from ..store.probe import is_transformers
 from ..store.schema import layer_column
 from .config import DumpConfig
-from .layers import ALL_LAYERS, HEAD_MEAN, LAYERED, SQUARE, attention_source, chosen_layers, columns_of, stored_kinds
+from .layers import (
+    ALL_LAYERS,
+    HEAD_MEAN,
+    INNER,
+    LAYERED,
+    SQUARE,
+    attention_source,
+    chosen_layers,
+    columns_of,
+    stored_kinds,
+)  # fmt: skip
+from .tasks import TASKS
 
 Place = tuple[str, int | str]  # ("hidden_states", 3), ("module", "blocks.5.mlp"): as Sites names it
 POOLED = "teacher_pooled"
@@ -146,14 +159,36 @@ def settings_of(config: DumpConfig, inner: Inner | None = None) -> dict[str, Any
 
 def find_sites(config: DumpConfig, storage: str, model: torch.nn.Module, inputs: Mapping[str, Tensor]) -> Sites:
     """Where the teacher's inside is, by a few tokens of a batch. Raises ConfigError for what it lacks."""
-    sites = Sites.find(model, inputs, attention=attention_source(config.fields, storage))
-    unknown = [name for name in config.capture if name not in sites.names]
-    if unknown:
-        near = ", ".join(difflib.get_close_matches(unknown[0], sites.names, 3, 0.0))
+    asked, kind = [name for name in INNER if name in config.fields], type(model).__name__
+    layered = [name for name in asked if name in LAYERED]
+    if layered and not is_transformers(model):
         raise ConfigError(
-            f"--capture {unknown[0]}: the name of a module of {type(model).__name__} expected, such as {near}"
+            f"--fields {layered[0]}: {kind} is no transformers model, whose layers are known; name modules to keep "
+            "with --capture"
         )
+    sites = Sites.find(model, inputs, attention=attention_source(config.fields, storage))
+    for name in asked:
+        if name in ("hidden_states", "pooled") and (name, 0) not in sites.shapes:
+            raise ConfigError(
+                f"--fields {name}: {kind} gives none; leave it away, or name modules to keep with --capture"
+            )
+    for name in config.capture:
+        if name not in sites.names:
+            raise ConfigError(f"--capture {name}: {_why_not(name, model, sites.names)}")
+        if "top_k_logits" in TASKS[config.task].settings and model.get_submodule(name) is head_module(model):
+            raise ConfigError(f"--capture {name}: it gives the logits, which --top-k-logits 0 keeps; leave it away")
     return sites
+
+
+def _why_not(name: str, model: torch.nn.Module, names: Sequence[str]) -> str:
+    near = ", ".join(difflib.get_close_matches(name, names, 3, 0.0)) or "none"
+    kind = type(model).__name__
+    if name in dict(model.named_modules()):
+        return (
+            f"a module that {kind} runs once a forward pass, and that gives a tensor of real numbers, expected, such "
+            f"as {near}"
+        )
+    return f"the name of a module of {kind} expected, such as {near}"
 
 
 def _layer_spec(kind: str, number: int, way: Way, sites: Sites) -> FieldSpec:

@@ -73,12 +73,16 @@ class Cost:
     def codec(self) -> str:
         return self.way.name if self.field in SQUARE else self.way.dtype
 
-    def to_json(self) -> dict[str, Any]:
-        """cosine, relative_l2: None where the dtype cannot hold the values."""
+    def is_in(self, way: Way) -> bool:
+        """Is this how a store that is kept in `way` has it?"""
+        return self.way.dtype == way.dtype and (self.field not in SQUARE or self.way.storage == way.storage)
+
+    def to_json(self, chosen: Way) -> dict[str, Any]:
+        """cosine, relative_l2: None where the dtype cannot hold the values. chosen: how the store has it."""
         return {
             "field": self.field, "codec": self.codec,
             "bytes_per_token": round(self.bytes_per_token, 2), "cosine": self.cosine if self.fits else None,
-            "relative_l2": self.relative_l2 if self.fits else None,
+            "relative_l2": self.relative_l2 if self.fits else None, "chosen": self.is_in(chosen),
         }  # fmt: skip
 
     def add(

@@ -160,7 +160,7 @@ class InnerPilot:
         if sites is None and "queries" in wanted:
             wanted |= dict.fromkeys(self.square, wanted["queries"])
         modules = [number for _, number in places if isinstance(number, str)]
-        with torch.inference_mode(), recorded(self._model, sites or self._sites, wanted, modules) as parts:
+        with self._capture.no_grad(), recorded(self._model, sites or self._sites, wanted, modules) as parts:
             self._model(**inputs)
         return parts[0]
 

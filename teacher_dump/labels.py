@@ -76,6 +76,18 @@ class Labels:
             return self._real(array, split, start)
         return self._several(array, split, start) if lists else self._ids(array, split, start, np.arange(len(array)))
 
+    def entries(self, column: pa.ChunkedArray, split: str, start: int = 0) -> np.ndarray:
+        """Class ids of all entries of a column of lists, one row's after another's: int64, -100 where missing; a row
+        that is null has none. Single-label only. Raises DataError, ConfigError."""
+        array = _flat(column)
+        if not hasattr(array.type, "value_type"):
+            raise ConfigError(f"column {self.column!r} holds {array.type}; a list of classes expected")
+        row_of = np.repeat(np.arange(len(array)), _sizes(array))
+        flat = _flat(array.flatten())
+        if pa.types.is_null(flat.type):
+            return self.missing(len(flat))
+        return self._ids(flat, split, start, row_of)
+
     def _real(self, array: pa.Array, split: str, start: int) -> np.ndarray:
         numbers = _numbers(array)
         if numbers is None:

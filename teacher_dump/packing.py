@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..store import ConfigError, DataError
+from ..store.head import logits_of
 
 _ROUNDINGS = 4  # units in the last place, of the logits' size, that sums made in another order may differ by
 _ALONE = 0.1  # of what seeing the document before changes; rounding in bfloat16 made it 0.02 at most (14 architectures)
@@ -50,12 +51,12 @@ def check_causal(model: Any, device: torch.device) -> None:
     Raises DataError where the logits are NaN whatever is read, ConfigError where later tokens change those of earlier
     ones by more than a share of what the first token changes in them, which is more than rounding.
     """
-    vocabulary, kept = len(model.get_input_embeddings().weight), _LENGTHS[0]
+    vocabulary, kept = _vocabulary(model, device), _LENGTHS[0]
     text = torch.arange(sum(_LENGTHS)).expand(3, -1).clone()
     text[1, kept:] += len(text[0])
     text[2, 0] += len(text[0])
     text = text.remainder(vocabulary).to(device)
-    logits = model(input_ids=text, attention_mask=torch.ones_like(text)).logits.float()
+    logits = logits_of(model(input_ids=text, attention_mask=torch.ones_like(text))).float()
     if bool(logits.isnan().all()):
         raise DataError(
             f"logits that are numbers expected; those of {type(model).__name__} are NaN whatever it reads: look at its "
@@ -85,7 +86,7 @@ def check_packing(model: Any, device: torch.device) -> None:
     rounding, and by more than a share of what the first does to the second where both are one document. Batches are of
     two rows, since some attention implementations look for documents only in a batch of one.
     """
-    vocabulary = len(model.get_input_embeddings().weight)
+    vocabulary = _vocabulary(model, device)
     ids = torch.randint(vocabulary, (2, sum(_LENGTHS)), generator=torch.Generator().manual_seed(0))
     (first, second), (other, another) = (one.split(_LENGTHS) for one in ids.to(device))
     rows = torch.stack([torch.cat([first, second]), torch.cat([second, first])])
@@ -97,19 +98,32 @@ def check_packing(model: Any, device: torch.device) -> None:
     for row, document in enumerate((second, first)):
         one, one_changed, both, both_changed = (each[row, -len(document) :] for each in logits)
         alone = _logits(model, document[None], packed[1 - row, None, : len(document)])[0]
-        eps = torch.finfo(model.dtype).eps
+        eps = torch.finfo(model.dtype if hasattr(model, "dtype") else next(model.parameters()).dtype).eps
         rounding = _ROUNDINGS * eps * _size(alone)
         seen = _size(one - one_changed) > eps**0.5 * _size(both - both_changed) + rounding
         if bool((seen | (_size(one - alone) > _ALONE * _size(both - alone) + rounding)).any()):
             raise ConfigError(
-                f"--packing: documents in one row must not see each other; in {type(model).__name__} with "
-                f"{model.config._attn_implementation} attention they do, or it pays no heed to position ids: leave "
+                "--packing: documents in one row must not see each other; in "
+                f"{type(model).__name__}{_attention(model)} they do, or it pays no heed to position ids: leave "
                 "--packing away, or try --attention sdpa"
             )
 
 
+def _vocabulary(model: Any, device: torch.device) -> int:
+    """How many ids it takes; of a module that does not tell, as many as it gives logits."""
+    if hasattr(model, "get_input_embeddings"):
+        return len(model.get_input_embeddings().weight)
+    text = torch.zeros(1, sum(_LENGTHS), dtype=torch.int64, device=device)
+    return int(logits_of(model(input_ids=text, attention_mask=torch.ones_like(text))).shape[-1])
+
+
+def _attention(model: Any) -> str:
+    name = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return f" with {name} attention" if name else ""
+
+
 def _logits(model: Any, ids: Tensor, position_ids: Tensor) -> Tensor:
-    return model(input_ids=ids, position_ids=position_ids).logits.float()
+    return logits_of(model(input_ids=ids, position_ids=position_ids)).float()
 
 
 def _size(values: Tensor) -> Tensor:

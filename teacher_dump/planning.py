@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from ..store import FieldSpec, ShardPlan, bytes_per_row
 from ..store.schema import LABELS, entries_per_row, entry_width
@@ -74,7 +75,9 @@ def look(source: SourceData, task: Task, carried_bytes: float) -> Pilot:
     lengths = {name: total / stored for name, total in totals.items()}
     lengths["SS"] = sum(int((one.lengths["S"] ** 2).sum()) for one in made.values()) / stored
     each = stored / looked
-    return Pilot(largest, made[largest], totals["S"] / looked, 0.0, carried_bytes * each, each, lengths)
+    own = sum(one.nbytes for samples in made.values() for one in samples.values.values() if isinstance(one, pa.Array))
+    carried = carried_bytes * each + own / looked
+    return Pilot(largest, made[largest], totals["S"] / looked, 0.0, carried, each, lengths)
 
 
 def sized(pilot: Pilot, fields: list[FieldSpec], entries: float = 0.0) -> Pilot:

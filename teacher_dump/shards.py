@@ -61,7 +61,10 @@ class ShardKeeper:
     def keep_inputs(self) -> None:
         everything = np.arange(len(self._samples))
         for name, values in self._samples.values.items():
-            self._builder.put(name, everything, values)
+            if isinstance(values, pa.Array):
+                self._builder.put_column(name, values)
+            else:
+                self._builder.put(name, everything, values)
         for name, column in self._carried.items():
             self._builder.put_column(name, column)
         self._builder.put_addresses(self._samples.content_hash, self._samples.source_index, self._samples.view)

@@ -17,7 +17,7 @@ from ..store.errors import ConfigError, PredistillError
 from ..store.identity import digest, tokenizer_sha256, weights_sha256
 from .config import AUTO, DumpConfig
 
-_TRANSIENT = ("_name_or_path", "_commit_hash", "transformers_version", "_attn_implementation", "attn_implementation")
+TRANSIENT = ("_name_or_path", "_commit_hash", "transformers_version", "_attn_implementation", "attn_implementation")
 _UNLIMITED = 10**6  # tokenizers that know no limit say 10**30
 _DEFAULT_LENGTH = 512  # tokens, where neither tokenizer nor model has a limit
 _POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")
@@ -30,16 +30,16 @@ class Teacher:
     Raises ConfigError where there is no such model, or it cannot do the task.
     """
 
+    no_grad: Any = torch.inference_mode  # what it runs in
+
     def __init__(self, config: DumpConfig, model_class: str):
-        folder = Path(config.teacher).expanduser()
-        self.where = str(folder) if folder.is_dir() else config.teacher
+        self._place(config)
         self.device = resolve_device(config.device)
         self.dtype = AUTO if config.teacher_dtype == AUTO else getattr(torch, config.teacher_dtype)
         self._model_class = getattr(transformers, model_class)
-        self._shared = {"trust_remote_code": config.trust_remote_code, "revision": config.teacher_revision}
         self._device_map, self._compile = config.device_map, config.compile
         self._attention = {} if config.attention == AUTO else {"attn_implementation": config.attention}
-        with quiet_transformers(), _one_line(config.teacher):
+        with quiet_transformers(), one_line(config.teacher):
             self.config = transformers.AutoConfig.from_pretrained(self.where, **self._given())
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.where, **self._given())
             self._skeleton = self._make_skeleton()
@@ -49,7 +49,7 @@ class Teacher:
     def load(self) -> torch.nn.Module:
         """The model with its weights, on its device, ready to be run. Raises ConfigError where weights are missing."""
         spread = {} if self._device_map is None else {"device_map": self._device_map}
-        with quiet_transformers(), _one_line(self.where):
+        with quiet_transformers(), one_line(self.where):
             model, loading = self._model_class.from_pretrained(
                 self.where, dtype=self.dtype, output_loading_info=True, **spread, **self._attention, **self._given()
             )
@@ -75,7 +75,7 @@ class Teacher:
     @property
     def vocabulary(self) -> int:
         """Logits of a language model: the rows of its head, which may be more than the tokenizer has ids."""
-        head = self._skeleton.get_output_embeddings()
+        head = self._head()
         return int(head.weight.shape[0] if hasattr(head, "weight") else self.config.get_text_config().vocab_size)
 
     @property
@@ -86,8 +86,8 @@ class Teacher:
     def parameters(self) -> int:
         """Parameters that every token passes through: embedding tables are looked up, not multiplied, but for heads."""
         tables = {id(m.weight) for m in self._skeleton.modules() if isinstance(m, torch.nn.Embedding)}
-        tables -= {id(getattr(self._skeleton.get_output_embeddings(), "weight", None))}
-        return sum(one.numel() for one in self._skeleton.parameters() if id(one) not in tables)
+        tables -= {id(getattr(self._head(), "weight", None))}
+        return max(sum(one.numel() for one in self._skeleton.parameters() if id(one) not in tables), 1)
 
     @property
     def inputs(self) -> set[str]:
@@ -109,19 +109,21 @@ class Teacher:
 
     def identity(self) -> dict[str, Any]:
         """What the store says of the teacher, the tokenizer, and what else decides its outputs."""
-        local = Path(self.where).is_dir()
-        name = Path(self.where).resolve().name if local else self.where
-        commit = getattr(self.config, "_commit_hash", None)
-        weights = {"weights_sha256": weights_sha256(self.where)} if local else {"commit": commit}
-        content = {key: value for key, value in self.config.to_dict().items() if key not in _TRANSIENT}
         return {
-            "teacher": {
-                "name": name, "config_sha256": digest(content), **weights, "class": type(self._skeleton).__name__,
-                "dtype": _dtype_name(self.dtype), "attention": self.attention, "device": self.device.type,
-                **({"compiled": True} if self._compile else {}),
-            },
-            "tokenizer": {"name": name, "sha256": tokenizer_sha256(self.tokenizer)},
+            "teacher": self._who(),
+            "tokenizer": {"name": self._name, "sha256": tokenizer_sha256(self.tokenizer)},
             "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
+        }
+
+    def _who(self) -> dict[str, Any]:
+        commit = getattr(self.config, "_commit_hash", None)
+        local = Path(self.where).is_dir()
+        weights = {"weights_sha256": weights_sha256(self.where)} if local else {"commit": commit}
+        content = {key: value for key, value in self.config.to_dict().items() if key not in TRANSIENT}
+        return {
+            "name": self._name, **weights, "config_sha256": digest(content), "class": type(self._skeleton).__name__,
+            "dtype": _dtype_name(self.dtype), "attention": self.attention, "device": self.device.type,
+            **({"compiled": True} if self._compile else {}),
         }  # fmt: skip
 
     def save_tokenizer(self, folder: Path) -> Path:
@@ -132,6 +134,20 @@ class Teacher:
             backend.no_padding()
         self.tokenizer.save_pretrained(folder)
         return folder
+
+    def _place(self, config: DumpConfig) -> None:
+        """Where the folder is, or at the Hub."""
+        folder = Path(config.teacher).expanduser()
+        self.where = str(folder) if folder.is_dir() else config.teacher
+        self._shared = {"trust_remote_code": config.trust_remote_code, "revision": config.teacher_revision}
+
+    @property
+    def _name(self) -> str:
+        return Path(self.where).resolve().name if Path(self.where).is_dir() else self.where
+
+    def _head(self) -> Any:
+        """What makes logits of hidden states; None where the model does not tell."""
+        return getattr(self._skeleton, "get_output_embeddings", lambda: None)()
 
     def _given(self) -> dict[str, Any]:
         return {name: value for name, value in self._shared.items() if value is not None}
@@ -220,7 +236,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_line(teacher: str) -> Iterator[None]:
+def one_line(teacher: str) -> Iterator[None]:
     try:
         yield
     except PredistillError:

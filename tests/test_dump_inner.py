@@ -305,6 +305,7 @@ def test_modules_of_any_model(tiny_tokenizer_dir: Path, data: Path, tmp_path: Pa
 def test_a_plan_measures_every_way(teacher: Path, data: Path, tmp_path: Path) -> None:
     found = plan(settings(teacher, data, tmp_path / "s", fields=KEPT, layers="3"))
     table = {(one["field"], one["codec"]): one for one in found["codecs"]}
+    assert sum(one["chosen"] for one in found["codecs"]) == 0  # float32, which loses nothing
     assert json.loads(json.dumps(found["codecs"])) == found["codecs"] and not (tmp_path / "s").exists()
     states = [table["hidden_states", kind] for kind in ("float16", "bfloat16", "int8")]
     assert [one["bytes_per_token"] // 1 for one in states[:2]] == [32, 32]  # 16 wide, and starts

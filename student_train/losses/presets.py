@@ -88,7 +88,8 @@ def haystack(temperature: float | None = None, alpha: float | None = None) -> tu
     First the MSE of hidden states and of attention probabilities, summed over TinyBERT's pairs of layers; then
     alpha T^2 KL + (1 - alpha) labels, T 1 and alpha 0.5; 5 epochs at 5e-5 and 2 at 3e-5 in batches of 10, as its
     arguments default to. Mended: every hidden state went through the last layer's projection, the others were
-    never trained; padding entered all means, and the softmax over a row's tokens; its `mse` could not be called.
+    never trained; padding entered all means, and the softmax over a row's tokens; its `mse` could not be called. Its KL
+    adds start and end of an answer, whose mean is taken here, as of their labels.
     """
     inner = (Term("hidden_states", "mse", options=_SUM), Term("attentions", "mse", options=_SUM))
     last = mixture(_or(alpha, 0.5), _kl(_or(temperature, 1.0)))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -14,6 +15,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ...store.errors import ConfigError
+from ...store.schema import WORD_IDS
 from ..dataset import is_store_rows
 from ..losses.catalogue import INNER, REGRESSION, SINGLE_LABEL
 from ..losses.terms import Term
@@ -22,14 +24,19 @@ from ..settings import DEFAULT_TEMPERATURE
 
 
 class Entry(NamedTuple):
-    """Where a task lives."""
+    """Where a task lives, and settings that it knows and not every task does."""
 
     module: str
     name: str
+    settings: tuple[str, ...] = ()
 
 
 TASKS = {
     "text-classification": Entry("text_classification", "TextClassification"),
+    "question-answering": Entry(
+        "question_answering", "QuestionAnswering", ("max_answer_length", "no_answer_threshold")
+    ),
+    "token-classification": Entry("token_classification", "TokenClassification"),
     "causal-lm": Entry("causal_lm", "CausalLM"),
 }
 
@@ -75,6 +82,16 @@ def task_of(store: Any) -> Task:
     return getattr(importlib.import_module(f".{entry.module}", __name__), entry.name)(store)
 
 
+def check_known(store: Any, settings: Any) -> None:
+    """Settings of some tasks are refused for the others. Raises ConfigError."""
+    known = TASKS[store.task].settings
+    foreign = {name for entry in TASKS.values() for name in entry.settings} - set(known)
+    for one in fields(settings):
+        if one.name in foreign and getattr(settings, one.name) != one.default:
+            flag = "--" + one.name.replace("_", "-")
+            raise ConfigError(f"{flag} is nothing that {store.task} knows; leave it away")
+
+
 def make_objective(
     terms: Sequence[Term], outer: Callable[[Sequence[Term]], Objective], columns: Mapping[str, Any], seed: int
 ) -> Objective:
@@ -112,7 +129,8 @@ def default_objective(
         columns = dict.fromkeys(names)
         return make_objective(terms(CausalLM.temperature), lambda own: LanguageObjective(own, columns), columns, seed)
     made = terms(DEFAULT_TEMPERATURE)
-    return make_objective(made, partial(_classification, getattr(student, "config", None)), dict.fromkeys(names), seed)
+    outer = partial(_classification, getattr(student, "config", None), WORD_IDS in names)
+    return make_objective(made, outer, dict.fromkeys(names), seed)
 
 
 def _columns(dataset: Any) -> list[str]:
@@ -122,10 +140,13 @@ def _columns(dataset: Any) -> list[str]:
     return list(dataset[0]) if hasattr(dataset, "__getitem__") and len(dataset) else []
 
 
-def _classification(config: Any, terms: Sequence[Term]) -> Objective:
+def _classification(config: Any, of_words: bool, terms: Sequence[Term]) -> Objective:
     from .text_classification import ClassificationObjective
+    from .token_classification import TokenObjective
 
     if config is None:
         raise ConfigError("neither data nor model tells the kind of head; give the trainer an objective")
+    if of_words:
+        return TokenObjective(terms, config.num_labels)
     kind = config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE_LABEL)
     return ClassificationObjective(terms, kind, config.num_labels)

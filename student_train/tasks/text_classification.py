@@ -39,12 +39,7 @@ class TextClassification:
 
     def check_config(self, name: str, config: Any) -> None:
         """A head that was trained for another number of labels is refused."""
-        heads = [one for one in config.architectures or [] if one.endswith("ForSequenceClassification")]
-        if heads and config.num_labels != self.settings["num_labels"]:
-            raise DataError(
-                f"student {name} has a head of {config.num_labels} labels, the store's teacher has "
-                f"{self.settings['num_labels']}: give a student of as many labels, or one without a head"
-            )
+        refuse_other_head(name, config, "ForSequenceClassification", self.settings["num_labels"])
 
     def check_student(self, model: nn.Module) -> None:
         """Any classifier will do."""
@@ -70,6 +65,16 @@ class TextClassification:
 
     def card_notes(self, config: Any) -> list[str]:
         return ["Labels: " + ", ".join(f"`{label}`" for label in config.id2label.values()) + "."]
+
+
+def refuse_other_head(name: str, config: Any, kind: str, num_labels: int) -> None:
+    """Raises DataError where the student `name` has a head of this kind for another number of labels."""
+    heads = [one for one in config.architectures or [] if one.endswith(kind)]
+    if heads and config.num_labels != num_labels:
+        raise DataError(
+            f"student {name} has a head of {config.num_labels} labels, the store's teacher has {num_labels}: give a "
+            "student of as many labels, or one without a head"
+        )
 
 
 def label_settings(store: Any) -> dict[str, Any]:
@@ -141,7 +146,7 @@ class ClassificationObjective(Objective):
         sums, counts = self.sums(logits[:rows], batch), self.counts(batch)
         found = [sums.new_zeros(())] * 2
         if LOGITS in batch and self.problem_type != REGRESSION:
-            agreed = agreement(logits[:rows], batch[LOGITS], self.problem_type)
+            agreed = agreement(logits[:rows], batch[LOGITS], self.problem_type)[self.spoken_of(batch)]
             found = [agreed.sum(), sums.new_tensor(agreed.numel())]
         return Evaluated(self.combine(sums, counts), torch.stack([*sums, *counts.to(sums), *found]), logits)
 
@@ -182,10 +187,16 @@ class ClassificationObjective(Objective):
             return unlabelled(batch, self.problem_type, self.num_labels).logical_not().any(-1)
         if LOGITS not in batch:
             raise ConfigError(f"the term {term.name!r} needs {LOGITS}, which these rows do not have")
-        teacher = batch[LOGITS].float()
+        spoken_of = self.spoken_of(batch)
         if term.name == "pseudo_labels":
             free = unlabelled(batch, self.problem_type, self.num_labels)
-            return (free & (confidence(teacher, self.problem_type) >= term.options["threshold"])).any(-1)
+            sure = confidence(batch[LOGITS].float(), self.problem_type) >= term.options["threshold"]
+            return spoken_of & (free & sure).any(-1)
+        return spoken_of
+
+    def spoken_of(self, batch: Batch) -> torch.Tensor:
+        """bool [B] or [B, S]: the rows or tokens whose teacher logits count."""
+        teacher = batch[LOGITS]
         if teacher.ndim == 3:
             return batch[ATTENTION_MASK].bool()
         return teacher.new_ones(len(teacher), dtype=torch.bool)
@@ -195,9 +206,10 @@ def unlabelled(batch: Mapping[str, torch.Tensor], problem_type: str, num_labels:
     """bool [..., 1], or [..., C] for several labels: which entries have no label."""
     labels = batch.get(LABELS)
     if labels is None:
-        first = next(iter(batch.values()))
+        first = batch.get(LOGITS, next(iter(batch.values())))
+        shape = first.shape[:-1] if LOGITS in batch else first.shape[:1]
         width = num_labels if problem_type == MULTI_LABEL else 1
-        return torch.ones(len(first), width, dtype=torch.bool, device=first.device)
+        return torch.ones(*shape, width, dtype=torch.bool, device=first.device)
     if problem_type == SINGLE_LABEL:
         return (labels == MISSING_LABEL).unsqueeze(-1)
     return labels.isnan() if labels.ndim > 1 else labels.isnan().unsqueeze(-1)

@@ -35,8 +35,13 @@ LANGUAGE_MODEL_SETTINGS = (
 )  # fmt: skip
 FIELDS = ("logits", *INNER)
 LABEL_SETTINGS = ("label_column", "label_names", "label_order", "problem_type")
+TAG_SETTINGS = ("label_column", "label_names", "label_order")
 TASKS = {
     "text-classification": Entry("text_classification", "TextClassification", FIELDS, "text", LABEL_SETTINGS),
+    "token-classification": Entry("token_classification", "TokenClassification", FIELDS, "tokens", TAG_SETTINGS),
+    "question-answering": Entry(
+        "question_answering", "QuestionAnswering", FIELDS, "question", ("label_column", "doc_stride")
+    ),
     "causal-lm": Entry("causal_lm", "CausalLM", FIELDS, settings=LANGUAGE_MODEL_SETTINGS),
 }
 
@@ -50,14 +55,15 @@ def task_class(name: str) -> Any:
 class Samples:
     """The rows of one shard, tokenised. n rows; S of a row is its number of tokens.
 
-    lengths: {"S": int64 [n]}. values: what is stored as it is, by column: [n, *shape], or flat [sum of S, ...].
+    lengths: {"S": int64 [n]}. values: what is stored as it is, by column: [n, *shape], flat [sum of S, ...], or an
+    Arrow array of n rows for codecs that Arrow holds.
     content_hash: uint8 [n, 16]. source_index: int64 [n], the source row of each. view: int32 [n], which of the rows of
     one source row; None where there is one of each.
     notes: counts worth telling, such as {"truncated": 12}.
     """
 
     lengths: dict[str, np.ndarray]
-    values: dict[str, np.ndarray]
+    values: dict[str, Any]
     content_hash: np.ndarray
     source_index: np.ndarray
     notes: dict[str, int] = field(default_factory=dict)

@@ -16,7 +16,7 @@ import torch
 
 from ...store import ConfigError, DataError, FieldSpec, content_hash
 from ...store.buffers import entries_of
-from ...store.head import Head, hidden_before_head, split_head
+from ...store.head import Head, hidden_before_head, logits_of, split_head
 from ...store.schema import INPUT_IDS, LABEL_LOGPROBS, LABELS, MISSING_LABEL, POSITION_IDS, POSITIONS
 from ..config import DumpConfig
 from ..data import SourceData
@@ -229,7 +229,7 @@ def _from_logits(
     start = 0
     while start < rows:
         stop = min(start + size, rows)
-        logits = model(**{name: value[start:stop] for name, value in inputs.items()}).logits
+        logits = logits_of(model(**{name: value[start:stop] for name, value in inputs.items()}))
         part = slice(*np.searchsorted(at.row, (start, stop)).tolist())
         places = torch.from_numpy((at.row[part] - start) * width + at.place[part]).to(logits.device)
         drawn = None if uniforms is None else uniforms[part]

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from ...store import ConfigError, DataError, FieldSpec, content_hash
+from ...store.head import logits_of
 from ...store.schema import INPUT_IDS, LABELS, LOGITS
 from ..config import AUTO, NO_COLUMN, DumpConfig
 from ..data import SourceData, check_columns
@@ -81,7 +82,7 @@ class TextClassification:
         """Any classifier will do."""
 
     def forward(self, model: Any, inputs: dict[str, Any], samples: Samples, rows: np.ndarray) -> dict[str, Any]:
-        return {"logits": model(**inputs).logits}
+        return {"logits": logits_of(model(**inputs))}
 
     def outputs(self, samples: Samples, rows: np.ndarray, captured: dict[str, np.ndarray]) -> dict[str, Any]:
         logits, labels = captured["logits"], samples.values[LABELS][rows]
@@ -149,7 +150,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-def _single(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+def single_summaries(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """logits [B, C], labels int64 [B]. Entropy and loss in nats."""
     logprobs = _log_softmax(logits)
     probs = np.exp(logprobs)
@@ -188,4 +189,4 @@ def _regression(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     }
 
 
-_SUMMARIES = {SINGLE: _single, MULTI: _multi, REGRESSION: _regression}
+_SUMMARIES = {SINGLE: single_summaries, MULTI: _multi, REGRESSION: _regression}
