@@ -12,7 +12,7 @@ quickstart: $(STAMP)
 	$(BIN)/predistill quickstart
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
