@@ -16,15 +16,11 @@ best for it, on training rows that were held out; the validation split is never 
 from __future__ import annotations
 
 import json
-import os
-import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from predistill.benchmarks.measure import WORK, note, options, quiet, table
+from predistill.benchmarks.seeds import all_measured, seed_cells
 
 SEEDS = (1, 2, 3)
 HELD_OUT = 2000  # rows
@@ -118,22 +114,9 @@ def train_student(run: Run) -> float:
     return float(metrics["eval_accuracy"])
 
 
-def child(run: Run) -> float:
-    """The accuracy of a run; one that was made before is read."""
-    metrics = run.folder / "metrics.json"
-    if not metrics.exists():
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(Path(__file__)), "--child", json.dumps(run)]
-        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
-    found = float(json.loads(metrics.read_text())["eval_accuracy"])
-    note(f"{run.folder.name}: {100 * found:.1f}")
-    return found
-
-
 def all_of(runs: list[Run]) -> list[float]:
     store()
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(child, runs))
+    return all_measured(__file__, "eval_accuracy", runs)
 
 
 def teacher_accuracy() -> float:
@@ -151,9 +134,8 @@ def report(names: list[str], seeds: tuple[int, ...]) -> None:
     rows: list[list[object]] = [["the teacher", "", *("" for _ in seeds), f"{100 * teacher_accuracy():.1f}", ""]]
     for name in names:
         found = [100 * value for run, value in accuracy.items() if run.arm == name]
-        spread = f"{statistics.stdev(found):.1f}" if len(found) > 1 else "-"
         epochs = " + ".join(f"{one:g}" for one in (ARMS[name].inner, ARMS[name].epochs) if one is not None)
-        rows.append([name, epochs, *(f"{value:.1f}" for value in found), f"{statistics.mean(found):.1f}", spread])
+        rows.append([name, epochs, *seed_cells(found, 1)])
     table(["arm", "epochs", *(f"seed {seed}" for seed in seeds), "mean", "standard deviation"], rows)
 
 

@@ -16,16 +16,12 @@ looked at. Each run is a process of one thread; two run at a time.
 from __future__ import annotations
 
 import json
-import os
-import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from predistill.benchmarks.language_teacher import gpt2, teacher, texts
 from predistill.benchmarks.measure import DATA, WORK, note, options, quiet, table
+from predistill.benchmarks.seeds import all_measured, seed_cells
 
 SEEDS = (1, 2, 3)
 HELD_OUT = 500  # rows
@@ -104,23 +100,10 @@ def train_student(run: Run) -> float:
     return float(metrics["eval_loss_labels"])
 
 
-def child(run: Run) -> float:
-    """The loss of a run; one that was made before is read."""
-    metrics = run.folder / "metrics.json"
-    if not metrics.exists():
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(Path(__file__)), "--child", json.dumps(run)]
-        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    found = float(json.loads(metrics.read_text())["eval_loss_labels"])
-    note(f"{run.folder.name}: {found:.4f}")
-    return found
-
-
 def all_of(runs: list[Run]) -> list[float]:
     for arm in {run.arm for run in runs}:
         store_of(ARMS[arm])  # stores first, and one at a time
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(child, runs))
+    return all_measured(__file__, "eval_loss_labels", runs)
 
 
 def teacher_loss() -> float:
@@ -138,8 +121,7 @@ def report(arms: list[str], seeds: tuple[int, ...]) -> None:
     rows: list[list[object]] = [["the teacher", *("" for _ in seeds), f"{teacher_loss():.3f}", ""]]
     for arm in arms:
         found = [value for run, value in loss.items() if run.arm == arm]
-        spread = f"{statistics.stdev(found):.3f}" if len(found) > 1 else "-"
-        rows.append([arm, *(f"{value:.3f}" for value in found), f"{statistics.mean(found):.3f}", spread])
+        rows.append([arm, *seed_cells(found, 3)])
     print(f"{EPOCHS:g} epochs, T {TEMPERATURE:g}, alpha {ALPHA:g}; nats a token, less is better\n")
     table(["arm", *(f"seed {seed}" for seed in seeds), "mean", "standard deviation"], rows)
 

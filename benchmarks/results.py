@@ -17,16 +17,12 @@ evaluation split is never looked at. Each run is a process of one thread; two ru
 from __future__ import annotations
 
 import json
-import os
-import statistics
-import subprocess
-import sys
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from predistill.benchmarks.measure import WORK, note, options, quiet, table
+from predistill.benchmarks.measure import WORK, options, quiet, table
+from predistill.benchmarks.seeds import all_measured, seed_cells
 
 SEEDS = (1, 2, 3)
 HELD_OUT = 2000  # rows
@@ -118,24 +114,10 @@ def before_held_out(run: Run) -> str:
     return f"source_index < {len(read_rows(run.task)) - HELD_OUT}"
 
 
-def child(run: Run) -> float:
-    """The accuracy of a run; one that was made before is read."""
-    metrics = run.folder / "metrics.json"
-    if not metrics.exists():
-        note(f"{run.folder.name} …")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(Path(__file__)), "--child", json.dumps(run)]
-        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    found = float(json.loads(metrics.read_text())["eval_accuracy"])
-    note(f"{run.folder.name}: {100 * found:.1f}")
-    return found
-
-
 def all_of(runs: list[Run]) -> list[float]:
     for run in runs:
         store_of(run)  # stores first, and one at a time
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(child, runs))
+    return all_measured(__file__, "eval_accuracy", runs)
 
 
 def teacher_accuracy(task: str) -> float:
@@ -154,8 +136,7 @@ def report(task: str, arms: list[str], seeds: tuple[int, ...]) -> None:
     rows: list[list[object]] = [["teacher, 6 blocks", *("" for _ in seeds), f"{100 * teacher_accuracy(task):.1f}", ""]]
     for arm in arms:
         found = [100 * value for run, value in accuracy.items() if run.arm == arm]
-        spread = f"{statistics.stdev(found):.1f}" if len(found) > 1 else "-"
-        rows.append([arm, *(f"{value:.1f}" for value in found), f"{statistics.mean(found):.1f}", spread])
+        rows.append([arm, *seed_cells(found, 1)])
     setting = TASKS[task]
     print(f"{task}: few = {setting.few} labels, T {setting.temperature:g}, alpha {setting.alpha}\n")
     table(["arm", *(f"seed {seed}" for seed in seeds), "mean", "standard deviation"], rows)

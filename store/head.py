@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
+from .probe import evaluating
 
 _FACTORS: Mapping[str, Callable[[float], tuple[float, ...]]] = {  # config name -> factors it may stand for
     "logit_scale": lambda value: (value,),  # Cohere
@@ -125,7 +126,7 @@ def split_head(model: torch.nn.Module, inputs: Mapping[str, Tensor]) -> Head | N
         return None
     if getattr(config, "is_encoder_decoder", False):
         return None
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         hidden = _hidden(model, inputs)
         if hidden is None or hidden.shape != (*inputs["input_ids"].shape, module.in_features):
             return None
@@ -208,14 +209,3 @@ def _same(made: Tensor, own: Tensor, bound: float) -> bool:
         return False
     error = (made - own.to(made.device)).abs().max()
     return bool(error <= bound * own.abs().max().to(error.device))  # False for NaN too
-
-
-@contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -36,6 +36,7 @@ FORMAT_VERSION = 1
 MISSING_LABEL = -100  # what transformers' losses ignore
 
 INPUT_IDS = "input_ids"
+TOKEN_TYPES = "token_type_ids"
 ATTENTION_MASK = "attention_mask"  # never stored: rows are unpadded, so readers make it from lengths
 LABELS = "labels"
 LOGITS = "teacher_logits"

@@ -54,7 +54,7 @@ class StoreWriter:
         check_folder(path)
         with _out_of_space(path):
             (path / manifest.SHARDS).mkdir(parents=True, exist_ok=True)
-            lock = _take_lock(path / manifest.LOCK)
+            lock = take_lock(path / manifest.LOCK, "dump")
             try:
                 if overwrite:
                     _clear(path)
@@ -205,13 +205,14 @@ def _compare_plans(path: Path, stored: Plan, current: Plan) -> None:
         compare(str(path), {section: left[section]}, {section: right[section]}, ignore=INFORMATION)
 
 
-def _take_lock(path: Path) -> IO[bytes]:
+def take_lock(path: Path, writer: str) -> IO[bytes]:
+    """Held until it is closed, or its process ends. Raises StoreError where another `writer` has the folder."""
     lock = open(path, "ab")  # noqa: SIM115  held until close
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         lock.close()
-        raise StoreError(f"{path.parent} is being written by another dump; wait for it, or stop it") from error
+        raise StoreError(f"{path.parent} is being written by another {writer}; wait for it, or stop it") from error
     return lock
 
 

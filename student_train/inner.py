@@ -135,8 +135,9 @@ class InnerObjective(Objective):
         return torch.stack([one.total(sides) for one in comparisons])
 
     def _check(self, batch: Batch) -> None:
+        there = StoredBatch(batch, self.teacher.specs)
         for one in self.comparisons:
-            if missing := [name for name in one.columns if name not in StoredBatch(batch, self.teacher.specs)]:
+            if missing := [name for name in one.columns if name not in there]:
                 raise ConfigError(f"the term {one.name!r} needs {missing[0]}, which these rows do not have")
 
     @property

@@ -6,7 +6,7 @@ No teacher is ever loaded.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -58,11 +58,13 @@ def train(settings: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
     check_known(stores[0], config)
     stages = config.recipe(task.temperature)
     start = prepare_folder(config, output, stages)
-    set_seed(training_arguments(config, stages[-1], output, None).seed)
+    evaluated = evaluation_split(config, stores)
+    arguments = [training_arguments(config, stages, number, evaluated) for number in range(len(stages))]
+    set_seed(arguments[-1].seed)
     student = build_student(config, stores[0])
-    jobs = [prepare(config, stores, task, student, stages, number) for number in range(len(stages))]
+    jobs = [prepare(config, stores, task, student, *one, evaluated) for one in zip(stages, arguments, strict=True)]
     for job in jobs[start.done + 1 :]:  # the first one is looked at when its trainer is made
-        rehearse(job, student)
+        look_ahead(job, student)
 
     made = provenance(config, stores, student, jobs)
     if start.resumed:
@@ -104,19 +106,17 @@ def train(settings: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prepare(
-    config: TrainConfig, stores: Any, task: Task, student: Student, stages: tuple[Stage, ...], number: int
-) -> Job:
+    config: TrainConfig, stores: Any, task: Task, student: Student, stage: Stage, args: DistillationConfig,
+    evaluated: str | None,
+) -> Job:  # fmt: skip
     """Everything that can be refused is refused here, before the first stage is trained."""
-    stage, folder = stages[number], stage_folder(Path(str(config.output_dir)), stages, number)
-    evaluated = evaluation_split(config, stores)
-    args = training_arguments(config, stage, folder, evaluated, last=number == len(stages) - 1)
     objective = make_objective(stage.terms, task.objective, stores[0].fields, args.seed)
     train_rows = select(config, stores, student, objective, config.train_split, config.where)
     eval_rows = select(config, stores, student, objective, evaluated) if evaluated else None
-    return Job(stage, folder, args, objective, train_rows, eval_rows)
+    return Job(stage, Path(str(args.output_dir)), args, objective, train_rows, eval_rows)
 
 
-def rehearse(job: Job, student: Student) -> None:
+def look_ahead(job: Job, student: Student) -> None:
     """Does the student have the layers that this stage will ask for? Raises ConfigError."""
     batch, accepted = collator(student)(first_row(job.train_rows)), accepted_inputs(student.model)
     job.objective.attach(student.model, {name: value for name, value in batch.items() if name in accepted})
@@ -154,19 +154,20 @@ def earlier_stages(jobs: list[Job]) -> dict[str, Any]:
 
 
 def training_arguments(
-    config: TrainConfig, stage: Stage, folder: Path, evaluated: str | None, last: bool = True
+    config: TrainConfig, stages: Sequence[Stage], number: int, evaluated: str | None
 ) -> DistillationConfig:
     """DistillationConfig of a stage. Raises ConfigError for a name or value that TrainingArguments refuses.
 
     Before the last stage the head is not trained yet: such a stage is evaluated where it says so itself.
     """
+    stage, folder = stages[number], stage_folder(Path(str(config.output_dir)), stages, number)
     known = {one.name for one in fields(DistillationConfig)}
     for name in {**config.training_arguments, **stage.given}:
         if name not in known or name == "output_dir":
             raise ConfigError(f"{name} is not a field of transformers.TrainingArguments")
     own = {one.name: getattr(config, one.name) for one in fields(DistillationSettings)}
     chosen = {**stage.arguments, "eval_strategy": "epoch" if evaluated else "no", **config.training_arguments}
-    if not last:
+    if number < len(stages) - 1:
         chosen |= {"eval_strategy": "no", "load_best_model_at_end": False}
     try:
         return DistillationConfig(output_dir=str(folder), **{**own, **chosen, **stage.given})

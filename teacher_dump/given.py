@@ -22,11 +22,10 @@ from ..store import ConfigError
 from ..store.head import logits_of
 from ..store.identity import digest, state_sha256
 from ..store.probe import evaluating, unwrapped
-from ..store.schema import ATTENTION_MASK, INPUT_IDS
+from ..store.schema import ATTENTION_MASK, INPUT_IDS, TOKEN_TYPES
 from .config import AUTO, DumpConfig
 from .teacher import TRANSIENT, Teacher, one_line, quiet_transformers, resolve_device
 
-_TOKEN_TYPES = "token_type_ids"
 _SHAPES = {"AutoModelForSequenceClassification": "[B, C]"}  # of logits; of others each token has some
 _OF_LOADING = ("teacher_dtype", "attention", "device_map", "compile")  # settings of a teacher that is loaded
 _PROBED = "a few words to see what a teacher makes of them"
@@ -133,8 +132,8 @@ class GivenTeacher(Teacher):
         ids = self.tokenizer(_PROBED)[INPUT_IDS] or [0]
         text = torch.tensor([ids, ids], device=self.device)
         inputs = {INPUT_IDS: text, ATTENTION_MASK: torch.ones_like(text)}
-        if _TOKEN_TYPES in self.inputs:
-            inputs[_TOKEN_TYPES] = torch.zeros_like(text)
+        if TOKEN_TYPES in self.inputs:
+            inputs[TOKEN_TYPES] = torch.zeros_like(text)
         try:
             with torch.no_grad():
                 logits = logits_of(self._skeleton(**inputs))

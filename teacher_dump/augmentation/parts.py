@@ -10,7 +10,6 @@ Every file gets a temporary name, fsync, rename, fsync of its folder; a kernel l
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +22,7 @@ from ...store import manifest
 from ...store.errors import ConfigError, StoreError, StoreMismatch
 from ...store.identity import differences, file_sha256, short
 from ...store.shard import fsync_folder
+from ...store.writer import take_lock
 from .rewrite import View
 
 _INFORMATION = ("identity.masked_lm.name",)  # a path is no identity
@@ -51,7 +51,7 @@ class Work:
         another making, StoreError where another run is at it."""
         folder = output.parent / f".{output.name}.augment"
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _take_lock(folder)
+        lock = take_lock(folder / "lock", "augment")
         try:
             stored = _begun(folder)
             if stored is not None and not overwrite:
@@ -156,13 +156,3 @@ def _compare(output: Path, stored: dict[str, Any], plan: dict[str, Any]) -> None
             f"{output}: {name} differs: it was begun with {short(left)}, this run has {short(right)}: use the same "
             "settings, another OUTPUT, or --overwrite"
         )
-
-
-def _take_lock(folder: Path) -> IO[bytes]:
-    lock = open(folder / "lock", "ab")  # noqa: SIM115  held until close
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise StoreError(f"{folder} is being written by another augment; wait for it, or stop it") from error
-    return lock

@@ -86,6 +86,15 @@ class Samples:
         at = (self.starts[rows][:, None] + steps).clip(max=len(flat) - 1)
         return np.where(steps < lengths[:, None], flat[at], pad).astype(np.int64)
 
+    def inputs(self, rows: np.ndarray, pad: int, type_pad: int) -> dict[str, np.ndarray]:
+        """What an encoder takes: ids, mask, and token types where there are any, int64 [B, Smax]."""
+        from ...store.schema import ATTENTION_MASK, INPUT_IDS, TOKEN_TYPES
+
+        made = {INPUT_IDS: self.padded(INPUT_IDS, rows, pad), ATTENTION_MASK: self.mask(rows)}
+        if TOKEN_TYPES in self.values:
+            made[TOKEN_TYPES] = self.padded(TOKEN_TYPES, rows, type_pad)
+        return made
+
     def mask(self, rows: np.ndarray) -> np.ndarray:
         """int64 [B, Smax]: 1 where there is a token."""
         import numpy as np

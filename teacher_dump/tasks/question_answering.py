@@ -21,6 +21,7 @@ from ...store.schema import (
     OUTSIDE,
     START_LOGITS,
     START_POSITIONS,
+    TOKEN_TYPES,
 )
 from ..config import AUTO, NO_COLUMN, DumpConfig
 from ..data import SourceData, check_columns
@@ -44,7 +45,6 @@ from ..teacher import Teacher
 from ..texts import check_text, chunks
 from . import Samples
 
-TOKEN_TYPES = "token_type_ids"
 _USUAL_LENGTH, _USUAL_STRIDE = 384, 128  # tokens, of BERT's own readers
 _ENDS = (START_LOGITS, END_LOGITS)
 _CARRIED = {ID: pa.string(), QUESTION: pa.string(), CONTEXT: pa.string(), ANSWERS: ANSWERS_TYPE}
@@ -96,10 +96,7 @@ class QuestionAnswering:
         return _joined(made)
 
     def collate(self, samples: Samples, rows: np.ndarray) -> dict[str, np.ndarray]:
-        inputs = {INPUT_IDS: samples.padded(INPUT_IDS, rows, self.teacher.pad_id), "attention_mask": samples.mask(rows)}
-        if self.types:
-            inputs[TOKEN_TYPES] = samples.padded(TOKEN_TYPES, rows, self.tokenizer.pad_token_type_id)
-        return inputs
+        return samples.inputs(rows, self.teacher.pad_id, self.tokenizer.pad_token_type_id)
 
     def ready(self, model: Any, inputs: dict[str, Any]) -> None:
         """Any reader will do."""

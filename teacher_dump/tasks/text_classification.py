@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from ...store import ConfigError, DataError, FieldSpec, content_hash
 from ...store.head import logits_of
-from ...store.schema import INPUT_IDS, LABELS, LOGITS
+from ...store.schema import INPUT_IDS, LABELS, LOGITS, TOKEN_TYPES
 from ..config import AUTO, NO_COLUMN, DumpConfig
 from ..data import SourceData, check_columns
 from ..label_names import agree, teacher_names
@@ -18,7 +18,6 @@ from ..teacher import Teacher
 from ..texts import check_text, chunks, flat
 from . import Samples
 
-TOKEN_TYPES = "token_type_ids"
 _REAL_SUMMARIES = ("confidence", "entropy", "loss")
 
 
@@ -73,10 +72,7 @@ class TextClassification:
         return Samples({"S": count}, values, digests, source_index, {"truncated": sum(truncated)})
 
     def collate(self, samples: Samples, rows: np.ndarray) -> dict[str, np.ndarray]:
-        inputs = {INPUT_IDS: samples.padded(INPUT_IDS, rows, self.teacher.pad_id), "attention_mask": samples.mask(rows)}
-        if self.types:
-            inputs[TOKEN_TYPES] = samples.padded(TOKEN_TYPES, rows, self.tokenizer.pad_token_type_id)
-        return inputs
+        return samples.inputs(rows, self.teacher.pad_id, self.tokenizer.pad_token_type_id)
 
     def ready(self, model: Any, inputs: dict[str, Any]) -> None:
         """Any classifier will do."""

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...store import ConfigError, DataError, FieldSpec, content_hash
-from ...store.schema import INPUT_IDS, LABELS, LOGITS, MISSING_LABEL, NO_WORD, TOKENS, WORD_IDS
+from ...store.head import logits_of
+from ...store.schema import INPUT_IDS, LABELS, LOGITS, MISSING_LABEL, NO_WORD, TOKEN_TYPES, TOKENS, WORD_IDS
 from ..config import AUTO, NO_COLUMN, DumpConfig
 from ..data import SourceData, check_columns
 from ..label_names import agree, teacher_names
@@ -23,7 +24,7 @@ from ..labels import SINGLE, Labels, class_names
 from ..teacher import Teacher
 from ..texts import check_rows, chunks, flat, within
 from . import Samples
-from .text_classification import TOKEN_TYPES, single_summaries
+from .text_classification import single_summaries
 
 TAG_COLUMNS = ("ner_tags", "pos_tags", "chunk_tags", "tags", "labels")  # of which the first one there is taken
 WORDS = pa.list_(pa.string())
@@ -99,16 +100,13 @@ class TokenClassification:
         return Samples({"S": found.lengths}, values, digests, source_index, notes)
 
     def collate(self, samples: Samples, rows: np.ndarray) -> dict[str, np.ndarray]:
-        inputs = {INPUT_IDS: samples.padded(INPUT_IDS, rows, self.teacher.pad_id), "attention_mask": samples.mask(rows)}
-        if self.types:
-            inputs[TOKEN_TYPES] = samples.padded(TOKEN_TYPES, rows, self.tokenizer.pad_token_type_id)
-        return inputs
+        return samples.inputs(rows, self.teacher.pad_id, self.tokenizer.pad_token_type_id)
 
     def ready(self, model: Any, inputs: dict[str, Any]) -> None:
         """Any tagger will do."""
 
     def forward(self, model: Any, inputs: dict[str, Any], samples: Samples, rows: np.ndarray) -> dict[str, Any]:
-        return {"logits": model(**inputs).logits}
+        return {"logits": logits_of(model(**inputs))}
 
     def outputs(self, samples: Samples, rows: np.ndarray, captured: dict[str, np.ndarray]) -> dict[str, Any]:
         """Beside the logits [B, S, C] means over the row's words, NaN where there are none; and a prediction for each
