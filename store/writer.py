@@ -7,35 +7,32 @@
             writer.commit(builder)
         writer.finish(card)
 
-Nothing under its final name is ever half-written: every file gets a temporary name, fsync, rename, and fsync of
-its folder. A kernel lock, gone with the process that held it, keeps a second dump out.
+Nothing under its final name is ever half-written (atomic.py). A kernel lock, gone with the process that held it, keeps
+a second writer out; shared.py has the writer for any number of them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
-import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import numpy as np
 
 from . import index, manifest
+from .atomic import out_of_space, replace_folder, write_synced, write_text
 from .buffers import Memory
-from .errors import ConfigError, OutOfSpace, StoreError
+from .errors import ConfigError, StoreError
 from .identity import compare, digest
 from .manifest import Plan, shard_path
-from .shard import ShardBuilder, ShardPlan, fsync_folder, write_arrow
+from .shard import ShardBuilder, ShardPlan, fsync_folder
 
 INFORMATION = tuple(f"identity.{part}.name" for part in manifest.NAMED)  # paths are no identity
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class StoreWriter:
@@ -51,23 +48,9 @@ class StoreWriter:
     @classmethod
     def begin(cls, path: str | os.PathLike[str], plan: Plan, overwrite: bool = False) -> StoreWriter:
         path = Path(path)
-        check_folder(path)
-        with _out_of_space(path):
-            (path / manifest.SHARDS).mkdir(parents=True, exist_ok=True)
-            lock = take_lock(path / manifest.LOCK, "dump")
-            try:
-                if overwrite:
-                    _clear(path)
-                if (path / manifest.PLAN).exists():
-                    stored = manifest.read_plan(path)
-                    _compare_plans(path, stored, plan)
-                    plan = stored
-                else:
-                    manifest.write_json(path / manifest.PLAN, plan.to_json())
-            except BaseException:
-                lock.close()
-                raise
-        return cls(path, plan, lock)
+        lock = enter(path)
+        with closed_on_failure(lock):
+            return cls(path, settle(path, plan, overwrite), lock)
 
     def missing(self) -> list[ShardPlan]:
         """Shards that are not yet committed, in plan order."""
@@ -78,15 +61,28 @@ class StoreWriter:
         """A builder with all of the shard's buffers in memory. lengths: {"S": int64[rows]}."""
         return ShardBuilder(shard, self.plan.fields, rows, lengths, self._memory)
 
-    def commit(self, builder: ShardBuilder) -> dict[str, Any]:
-        """Write the shard under a temporary name, fsync, rename, then its sidecar, which makes it count."""
+    def commit(self, builder: ShardBuilder) -> dict[str, Any] | None:
+        """Write the shard under a temporary name, fsync, rename, then its sidecar, which makes it count.
+
+        Returns {"sha256", "bytes", "rows", "tokens"}.
+        """
+        return self._commit(builder, always)
+
+    def _commit(self, builder: ShardBuilder, owned: Callable[[], bool], mark: str = "") -> dict[str, Any] | None:
+        """None where, with all bytes written, `owned` says that they are not wanted. mark: of temporary names."""
         path = shard_path(self.path, builder.plan.name)
-        with _out_of_space(self.path, path.with_suffix(".arrow.tmp"), path.with_suffix(".json.tmp")):
+        temporary = path.with_name(f"{path.name}{mark}.tmp")
+        with out_of_space(self.path, temporary, path.with_suffix(".json.tmp")):
+            written = write_synced(builder.to_batch(self.plan.fingerprint), temporary)
+            self._memory.give(builder.memory())
+            if not owned():
+                temporary.unlink(missing_ok=True)
+                return None
             path.with_suffix(".json").unlink(missing_ok=True)
-            written = write_file(builder.to_batch(self.plan.fingerprint), path)
+            os.replace(temporary, path)
+            fsync_folder(path.parent)
             entry = {**written, "rows": builder.rows, "tokens": builder.tokens}
             manifest.write_json(path.with_suffix(".json"), {**entry, "fingerprint": self.plan.fingerprint})
-        self._memory.give(builder.memory())
         return entry
 
     def finish(self, card: str | None = None, folders: Mapping[str, Path] | None = None) -> dict[str, Any]:
@@ -106,12 +102,12 @@ class StoreWriter:
             "fingerprint": self.plan.fingerprint,
             "shards": shards,
         }
-        with _out_of_space(self.path, self.path / f"{manifest.INDEX}.tmp"):
+        with out_of_space(self.path, self.path / f"{manifest.INDEX}.tmp"):
             for name, source in (folders or {}).items():
-                _replace_folder(self.path / name, Path(source))
+                replace_folder(self.path / name, Path(source))
             index.build(self.path, made)
             if card is not None:
-                _write_text(self.path / manifest.CARD, card)
+                write_text(self.path / manifest.CARD, card)
             made = manifest.sealed({**made, "files": manifest.described_files(self.path)})
             manifest.write_json(self.path / manifest.MANIFEST, made)
         return made
@@ -119,67 +115,13 @@ class StoreWriter:
     def close(self) -> None:
         self._lock.close()
 
-    def __enter__(self) -> StoreWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class _Hashing:
-    """A file whose bytes are hashed in a thread, beside the writing and the fsync: each takes about as long."""
-
-    def __init__(self, file: IO[bytes]):
-        self._file, self.bytes, self.closed = file, 0, False
-        self._sha256, self._thread = hashlib.sha256(), ThreadPoolExecutor(1, "predistill-sha256")
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data)
-        self._thread.submit(self._sha256.update, view)
-        written = 0
-        while written < view.nbytes:  # a raw file writes at most 2 GB at a time
-            written += self._file.write(view[written:]) or 0
-        self.bytes += view.nbytes
-        return view.nbytes
-
-    def digest(self) -> str:
-        self._thread.shutdown()
-        return self._sha256.hexdigest()
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def tell(self) -> int:
-        return self.bytes
-
-    def close(self) -> None:
-        self.closed = True
-
-    def readable(self) -> bool:
-        return False
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return False
-
-
-def write_file(batch: Any, path: Path) -> dict[str, Any]:
-    """One Arrow file, whole or not at all. Returns {"sha256", "bytes"}."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb", buffering=0) as file:
-        sink = _Hashing(file)
-        try:
-            write_arrow(batch, sink)
-            os.fsync(file.fileno())
-        finally:
-            sha256 = sink.digest()
-    os.replace(temporary, path)
-    fsync_folder(path.parent)
-    return {"sha256": sha256, "bytes": sink.bytes}
 
 
 def check_folder(path: Path) -> None:
@@ -205,11 +147,48 @@ def _compare_plans(path: Path, stored: Plan, current: Plan) -> None:
         compare(str(path), {section: left[section]}, {section: right[section]}, ignore=INFORMATION)
 
 
-def take_lock(path: Path, writer: str) -> IO[bytes]:
-    """Held until it is closed, or its process ends. Raises StoreError where another `writer` has the folder."""
+def enter(path: Path, alone: bool = True) -> IO[bytes]:
+    """The lock of a folder that may become a store."""
+    check_folder(path)
+    with out_of_space(path):
+        (path / manifest.SHARDS).mkdir(parents=True, exist_ok=True)
+        return take_lock(path / manifest.LOCK, "dump", alone)
+
+
+def settle(path: Path, plan: Plan, overwrite: bool) -> Plan:
+    """The plan that is there, or else this one, written. Raises StoreMismatch where they differ."""
+    with out_of_space(path):
+        if overwrite:
+            _clear(path)
+        if not (path / manifest.PLAN).exists():
+            manifest.write_json(path / manifest.PLAN, plan.to_json())
+            return plan
+        stored = manifest.read_plan(path)
+        _compare_plans(path, stored, plan)
+        return stored
+
+
+@contextlib.contextmanager
+def closed_on_failure(lock: IO[bytes]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        lock.close()
+        raise
+
+
+def always() -> bool:
+    return True
+
+
+def take_lock(path: Path, writer: str, alone: bool = True) -> IO[bytes]:
+    """Held until it is closed, or its process ends. alone: nobody else may hold it.
+
+    Raises StoreError where another `writer` has the folder.
+    """
     lock = open(path, "ab")  # noqa: SIM115  held until close
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError as error:
         lock.close()
         raise StoreError(f"{path.parent} is being written by another {writer}; wait for it, or stop it") from error
@@ -225,42 +204,3 @@ def _clear(path: Path) -> None:
     for file in (path / manifest.SHARDS).iterdir():
         file.unlink()
     (path / manifest.PLAN).unlink(missing_ok=True)
-
-
-def _replace_folder(target: Path, source: Path) -> None:
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    for file in temporary.rglob("*"):
-        with open(file, "rb") if file.is_file() else contextlib.nullcontext() as copied:
-            if copied is not None:
-                os.fsync(copied.fileno())
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(temporary, target)
-    fsync_folder(target.parent)
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-@contextlib.contextmanager
-def _out_of_space(folder: Path, *temporary: Path) -> Iterator[None]:
-    """A full disk (or quota, or file-size limit) becomes OutOfSpace, with figures; temporary files go."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        for path in temporary:
-            path.unlink(missing_ok=True)
-        free = shutil.disk_usage(folder).free if folder.exists() else 0
-        raise OutOfSpace(
-            f"{folder}: {os.strerror(error.errno)} ({free / 1e9:.3g} GB free); what was committed is safe: "
-            "make room, then run the same dump again"
-        ) from error

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -70,35 +70,35 @@ class Background:
 
 
 class Ahead(Generic[Item, Made]):
-    """Iterates over `make(item)`, one made in a thread beside the one in use; the first begins at once.
+    """Iterates over (item, `make(item)`), one made in a thread beside the one in use; the first begins at once.
 
-    Nobody waits for what is no longer wanted: an interrupted dump ends while its next shard is still tokenised.
+    Items are asked for in that thread, one at a time. Nobody waits for what is no longer wanted: an interrupted dump
+    ends while its next shard is still tokenised.
     """
 
-    def __init__(self, make: Callable[[Item], Made], items: Sequence[Item]):
-        self._make, self._items = make, list(items)
-        self._next = self._start(0)
+    def __init__(self, make: Callable[[Item], Made], items: Iterable[Item]):
+        self._make, self._items = make, iter(items)
+        self._next = self._start()
 
-    def __iter__(self) -> Iterator[Made]:
-        for at in range(len(self._items)):
-            made = self._next.result()
-            if at + 1 < len(self._items):
-                self._next = self._start(at + 1)
+    def __iter__(self) -> Iterator[tuple[Item, Made]]:
+        while (made := self._next.result()) is not None:
+            self._next = self._start()
             yield made
 
-    def wait(self) -> None:
-        """Until what is being made is ready."""
-        wait([self._next])
+    def any(self) -> bool:
+        """Is there something more? Waits until it is made."""
+        return self._next.result() is not None
 
-    def _start(self, at: int) -> Future[Made]:
-        made: Future[Made] = Future()
-        threading.Thread(
-            target=self._fill, args=(made, self._items[at]), name="predistill-tokenizer", daemon=True
-        ).start()
+    def _start(self) -> Future[tuple[Item, Made] | None]:
+        made: Future[tuple[Item, Made] | None] = Future()
+        threading.Thread(target=self._fill, args=(made,), name="predistill-tokenizer", daemon=True).start()
         return made
 
-    def _fill(self, made: Future[Made], item: Item) -> None:
+    def _fill(self, made: Future[tuple[Item, Made] | None]) -> None:
         try:
-            made.set_result(self._make(item))
+            for item in self._items:
+                made.set_result((item, self._make(item)))
+                return
+            made.set_result(None)
         except BaseException as error:  # raised where the result is asked for
             made.set_exception(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from ..store import ConfigError, FieldSpec, Plan, ShardPlan, StoreWriter, describe, manifest, schema
+from ..store.shared import SharedWriter
 from ..store.writer import check_folder
 from . import budget, planning
 from . import inner as inside
@@ -32,7 +34,7 @@ from .inner_task import InnerTask, is_of_logits
 from .progress import DumpProgress, say
 from .shards import Prepared, ShardKeeper, Tally, carried_fields, prepare
 from .survey import Survey, survey
-from .tasks import Task, task_class
+from .tasks import TASKS, Task, task_class
 from .teacher import Teacher, slow_dtype
 
 _TAKEN = ("sample_id", "split", "shard", "row", "num_tokens", "label", *schema.ADDRESS_COLUMNS, schema.ATTENTION_MASK)
@@ -60,12 +62,23 @@ def dump(config: DumpConfig, model: torch.nn.Module | None = None) -> dict[str, 
     model: the teacher, where it is not to be loaded: any module that takes `input_ids` and `attention_mask` (and
     `token_type_ids`, if it names them) and gives logits; then `config.teacher` is where its tokenizer is. It runs where
     it is, or on `config.device`, and is afterwards as it was.
+    Any number of processes may dump the same into one folder, from one machine or several: each makes the shards that
+    nobody else makes (store/shared.py), and all return when the store is finished.
     Returns what `describe` says of the store, and seconds, teacher_seconds and tokens_per_second of this run; with
     `dry_run`, what `plan` returns. Raises ConfigError, DataError, StoreMismatch (the folder holds a dump of other
-    settings), StoreError (another dump is writing there), OutOfSpace. Whatever stops it, committed shards stay.
+    settings), StoreError (somebody writes there who must be alone), OutOfSpace. Whatever stops it, committed shards
+    stay.
     """
     if config.dry_run:
         return plan(config, model)
+    if config.overwrite and max(int(os.environ.get("WORLD_SIZE", "1")), config.ray_workers or 1) > 1:
+        raise ConfigError("--overwrite by several at once would empty what one of them began; give a new folder")
+    if config.ray_workers:
+        if model is not None:
+            raise ConfigError("--ray-workers load the teacher themselves; a given model is dumped by one process")
+        from .on_ray import dump_on_ray
+
+        return dump_on_ray(config)
     began, folder, tally = time.perf_counter(), Path(config.output_dir).expanduser(), Tally()
     with lent(config, model):
         job = _prepare(config, model)
@@ -73,10 +86,11 @@ def dump(config: DumpConfig, model: torch.nn.Module | None = None) -> dict[str, 
         overwrite = config.overwrite or not done  # a plan of which nothing is committed yet holds nobody to it
         left = sum(shard.stop - shard.start for shard in job.plan.shards if overwrite or shard.name not in done)
         check_room(folder, planning.room(job.pilot, left, job.source.rows) - (sum(done.values()) if overwrite else 0))
-        with StoreWriter.begin(folder, job.plan, overwrite) as writer:
-            missing = writer.missing()
-            if missing or not (folder / manifest.MANIFEST).exists():
-                _run_shards(config, job, writer, missing, tally)
+        with SharedWriter.begin(folder, job.plan, config.overwrite, config.lease, config.lease_timeout) as writer:
+            unfinished = bool(writer.missing()) or not (folder / manifest.MANIFEST).exists()
+            while writer.missing():  # again where a lease was lost on the way
+                _run_shards(config, job, writer, tally)
+            if unfinished:
                 _finish(job, writer)
     seconds = time.perf_counter() - began
     return {
@@ -124,7 +138,10 @@ def _prepare(config: DumpConfig, model: torch.nn.Module | None, compare: bool = 
             teacher = teacher_of(inside.implementation(config, kept), kind.model_class, model)
             capture = Capture(teacher, task)  # in the way that was chosen
     own = list(kept.specs) if kept else []
+    stored = _stored_plan(config, folder)
     per_batch = planning.tokens_per_batch(config, teacher, own, pilot)
+    if stored and config.tokens_per_batch is None:
+        per_batch = stored.settings.get("tokens_per_batch", per_batch)
     if budget.is_about_logits(config) and (compare or (choice is None and budget.must_measure(config, task.fields))):
         capture = capture or Capture(teacher, task)
         choice = budget.settle(config, task, capture, pilot, [*task.fields, *own, *carried], source.rows, per_batch)
@@ -138,14 +155,27 @@ def _prepare(config: DumpConfig, model: torch.nn.Module | None, compare: bool = 
     capture = capture.running(task) if capture else None
     fields = [*task.fields, *carried]
     pilot = planning.sized(pilot, fields, choice.entries)
+    identity = _identity(source, teacher, checked)
     shards = planning.plan_shards(source, pilot, config.shard_size, teacher)
+    if stored and _same_rows(stored, identity) and stored.settings.get("shard_size") == config.shard_size:
+        shards = stored.shards  # other devices would plan otherwise
     settings = {
         **task.settings, "splits": list(source.splits), "keep_columns": config.keep_columns,
         "tokens_per_batch": per_batch, "shard_size": config.shard_size, **choice.settings(config.budget),
     }  # fmt: skip
-    made = Plan(config.task, settings, _identity(source, teacher, checked), fields, shards, task.label_names)
+    made = Plan(config.task, settings, identity, fields, shards, task.label_names)
     codecs = [cost.to_json(kept.way) for cost in costs] if kept else []
     return Job(source, teacher, task, pilot, made, per_batch, choice, capture, codecs)
+
+
+def _stored_plan(config: DumpConfig, folder: Path) -> Plan | None:
+    """What was resolved once, for whoever goes on with it or joins it, on whatever device."""
+    return None if config.overwrite or not (folder / manifest.PLAN).exists() else manifest.read_plan(folder)
+
+
+def _same_rows(stored: Plan, identity: dict[str, Any]) -> bool:
+    rows = [one.get("dataset", {}).get("rows_sha256") for one in (stored.identity, identity)]
+    return rows[0] == rows[1]
 
 
 def _look_inside(
@@ -166,18 +196,18 @@ def _look_inside(
     return kept, looked.costs() if compare else costs
 
 
-def _run_shards(config: DumpConfig, job: Job, writer: StoreWriter, missing: list[ShardPlan], tally: Tally) -> None:
+def _run_shards(config: DumpConfig, job: Job, writer: SharedWriter, tally: Tally) -> None:
     """Tokenising the next shard, and encoding and writing what came, go on beside the teacher."""
-    if not missing:
-        return
+    missing = writer.missing()
     rows = sum(shard.stop - shard.start for shard in missing)
-    prepared = Ahead(partial(prepare, job.source, job.task, config.keep_columns), missing)
+    claimed = Ahead(partial(prepare, job.source, job.task, config.keep_columns), writer.claim(_tell_of_others))
     with Background() as background:
         capture = job.capture or Capture(job.teacher, job.task)
-        prepared.wait()  # tokenising beside it would slow the pilot down
-        _measure(config, job, capture, round(rows * job.pilot.stored) // _PILOT_SHARE, missing)
-        with DumpProgress(rows * job.pilot.stored, rows * job.pilot.tokens, tally) as progress:
-            for shard, ready in zip(missing, prepared, strict=True):
+        if claimed.any():  # tokenising beside it would slow the pilot down
+            _measure(config, job, capture, round(rows * job.pilot.stored) // _PILOT_SHARE, missing)
+        unit = "images" if TASKS[config.task].of_images else "tokens"
+        with DumpProgress(rows * job.pilot.stored, rows * job.pilot.tokens, tally, unit) as progress:
+            for shard, ready in claimed:
                 planned = shard.stop - shard.start
                 progress.expect(len(ready.samples) - planned * job.pilot.stored,
                                 int(ready.samples.lengths["S"].sum()) - planned * job.pilot.tokens)  # fmt: skip
@@ -188,6 +218,10 @@ def _run_shards(config: DumpConfig, job: Job, writer: StoreWriter, missing: list
         say(f"note: {cut} of {tally.rows} rows were longer than {job.plan.settings['max_length']} tokens and were cut")
     if lost := tally.notes.get("words_without_tokens"):
         say(f"note: the tokenizer makes nothing of {lost} words, which have no logits")
+
+
+def _tell_of_others(shards: int) -> None:
+    say(f"note: others are making the last {shards} shard{'s' if shards > 1 else ''}; waiting for them")
 
 
 def _run_shard(job: Job, ready: Prepared, capture: Capture, keeper: ShardKeeper, background: Background,
@@ -209,11 +243,12 @@ def _measure(config: DumpConfig, job: Job, capture: Capture, rows: int, shards: 
         say(f"note: {disagrees}")
     folder = Path(config.output_dir).expanduser()
     found = planning.figures(job.pilot, job.source.rows, len(job.plan.shards), seconds_per_token, folder)
-    share = sum(shard.stop - shard.start for shard in shards) / job.source.rows
+    share = sum(shard.stop - shard.start for shard in shards) / sum(one.stop - one.start for one in job.plan.shards)
     time_left = f", about {found['seconds'] * share:.0f} s" if found["seconds"] else ""
     length = found["tokens"] / found["samples"]
+    what = "rows" if TASKS[config.task].of_images else f"rows of {length:.1f} tokens"
     say(
-        f"{found['samples']} rows of {length:.1f} tokens: {found['bytes'] / 1e6:.1f} MB in {found['shards']} "
+        f"{found['samples']} {what}: {found['bytes'] / 1e6:.1f} MB in {found['shards']} "
         f"shard{'s' if found['shards'] > 1 else ''} ({found['bytes_per_sample']:.0f} bytes a row), {len(shards)} to "
         f"do{time_left}; {found['free_bytes'] / 1e9:.1f} GB free"
     )
@@ -224,8 +259,8 @@ def _finish(job: Job, writer: StoreWriter) -> None:
     """Index, tokenizer, card, manifest."""
     committed = manifest.committed(writer.path, writer.plan)
     with tempfile.TemporaryDirectory() as scratch:
-        tokenizer = job.teacher.save_tokenizer(Path(scratch) / "tokenizer")
-        writer.finish(dataset_card(writer.plan, committed, writer.path.resolve().name), {"tokenizer": tokenizer})
+        reader = job.teacher.save_reader(Path(scratch))
+        writer.finish(dataset_card(writer.plan, committed, writer.path.resolve().name), reader)
 
 
 def _identity(source: SourceData, teacher: Teacher, checked: Survey) -> dict[str, Any]:

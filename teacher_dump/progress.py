@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -15,21 +16,22 @@ _PATIENCE = 1.0  # seconds before a bar is shown
 
 
 def say(line: str) -> None:
-    """One line for a person, on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    """One line for a person, on stderr; of several ranks, the first one's."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 class DumpProgress:
     """Follows a dump of about `rows` stored rows and `tokens` tokens; the tokens are what time goes by."""
 
-    def __init__(self, rows: float, tokens: float, tally: Tally):
+    def __init__(self, rows: float, tokens: float, tally: Tally, unit: str = "tokens"):
         self._rows, self._left, self._tally = rows, tokens, tally
         self._began, self._shown = time.perf_counter(), False
         console = Console(stderr=True)
         self._bars = Progress(
-            TextColumn("{task.fields[rows]} rows"), BarColumn(), TextColumn("{task.fields[speed]} tokens/s"),
+            TextColumn("{task.fields[rows]} rows"), BarColumn(), TextColumn(f"{{task.fields[speed]}} {unit}/s"),
             TextColumn("{task.fields[written]} written"), TimeRemainingColumn(elapsed_when_finished=True),
-            console=console, disable=not console.is_terminal,
+            console=console, disable=not console.is_terminal or int(os.environ.get("RANK", "0")) > 0,
         )  # fmt: skip
         self._bar = self._bars.add_task("dump", total=tokens, rows=f"0/{rows:.0f}", speed="–", written="0")
 

@@ -36,7 +36,8 @@ class Prepared:
 def prepare(source: SourceData, task: Task, kept: list[str], shard: ShardPlan) -> Prepared:
     rows = source.splits[shard.split]
     table = read(rows, list(dict.fromkeys([*task.columns, *kept])), slice(shard.start, shard.stop))
-    samples = task.prepare(shard.split, np.arange(shard.start, shard.stop), table)
+    of_view = {"view": shard.view} if shard.view else {}  # of tasks that have several
+    samples = task.prepare(shard.split, np.arange(shard.start, shard.stop), table, **of_view)
     carried = table.select(kept)
     if len(samples) != len(table):  # a task that makes several rows of one
         carried = carried.take(pa.array(samples.source_index - shard.start))
@@ -54,7 +55,9 @@ class ShardKeeper:
     def __init__(self, writer: StoreWriter, task: Task, shard: ShardPlan, prepared: Prepared, tally: Tally):
         self._writer, self._task, self._samples, self._tally = writer, task, prepared.samples, tally
         self._carried = prepared.carried
-        self._builder = writer.open_shard(shard, len(self._samples), self._samples.lengths)
+        used = {size for spec in task.fields for size in spec.shape}
+        lengths = {name: of_rows for name, of_rows in self._samples.lengths.items() if name in used}
+        self._builder = writer.open_shard(shard, len(self._samples), lengths)
         self._ragged = {spec.name for spec in task.fields if "K" in spec.shape}
         self._loose = {spec.name: [None] * len(self._samples) for spec in task.fields if "*" in spec.shape}
 
@@ -84,6 +87,8 @@ class ShardKeeper:
         for name, values in self._loose.items():
             self._builder.put_column(name, _large_list(values))
         written = self._writer.commit(self._builder)
+        if written is None:  # another worker took it over
+            return
         self._tally.bytes += written["bytes"]
         for name, count in self._samples.notes.items():
             self._tally.notes[name] = self._tally.notes.get(name, 0) + count

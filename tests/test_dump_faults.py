@@ -12,6 +12,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -234,16 +235,33 @@ def test_interrupted_by_a_person(
     check_equal(folder, whole[0])
 
 
-def test_another_dump_is_kept_out(forks: Forks, config: dict[str, Any], tmp_path: Path) -> None:
-    from predistill.store import StoreError
+def test_another_dump_joins_and_goes_on_for_one_that_is_killed(
+    forks: Forks, config: dict[str, Any], whole: tuple[Path, float], tmp_path: Path
+) -> None:
     from predistill.teacher_dump.config import DumpConfig
     from predistill.teacher_dump.dump import dump
 
     folder = tmp_path / "store"
-    pid = forks.start({**config, "output_dir": str(folder)}, pause=0.05)
+    pid = forks.start({**config, "output_dir": str(folder)}, pause=0.3)
     wait_for_shards(folder, 1)
+    threading.Timer(1.0, os.kill, (pid, signal.SIGKILL)).start()
+    assert dump(DumpConfig(**config, output_dir=str(folder)))["complete"]
+    assert forks.wait() == -signal.SIGKILL
+    check_equal(folder, whole[0])
+
+
+def test_another_dump_of_other_settings_is_kept_out(forks: Forks, config: dict[str, Any], tmp_path: Path) -> None:
+    from predistill.store import StoreError, StoreMismatch
+    from predistill.teacher_dump.config import DumpConfig
+    from predistill.teacher_dump.dump import dump
+
+    mine = {**config, "output_dir": str(tmp_path / "store")}
+    pid = forks.start(mine, pause=0.1)
+    wait_for_shards(tmp_path / "store", 1)
+    with pytest.raises(StoreMismatch, match="settings.dtype differs"):
+        dump(DumpConfig(**mine, dtype="float32"))
     with pytest.raises(StoreError, match="is being written by another dump"):
-        dump(DumpConfig(**config, output_dir=str(folder)))
+        dump(DumpConfig(**mine, overwrite=True))
     os.kill(pid, signal.SIGKILL)
     assert forks.wait() == -signal.SIGKILL
 

@@ -223,6 +223,6 @@ def test_background_hands_its_failure_over() -> None:
 
 
 def test_ahead_keeps_order_and_hands_failures_over() -> None:
-    assert list(Ahead(lambda item: item * 2, [1, 2, 3])) == [2, 4, 6]
+    assert list(Ahead(lambda item: item * 2, [1, 2, 3])) == [(1, 2), (2, 4), (3, 6)]
     with pytest.raises(ZeroDivisionError):
         list(Ahead(lambda item: 1 // item, [1, 0, 1]))

@@ -234,15 +234,15 @@ KILLED = """
     import json, sys
     from predistill.teacher_dump.config import DumpConfig
     from predistill.teacher_dump.dump import dump
-    from predistill.store import StoreWriter
-    commit, done = StoreWriter.commit, []
+    from predistill.store.shared import SharedWriter
+    commit, done = SharedWriter.commit, []
     def commit_some(self, builder):
         import os, signal
         if len(done) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         done.append(1)
         return commit(self, builder)
-    StoreWriter.commit = commit_some
+    SharedWriter.commit = commit_some
     dump(DumpConfig(**json.loads(sys.argv[1])))
 """
 
