@@ -30,6 +30,7 @@ class Sites:
     depth: blocks N; hidden states are 0..N, attentions 0..N-1. A model that is not from transformers has depth 0.
     shapes: of each, without rows and tokens: ("hidden_states", 3): (D,); ("queries", 0): (H, d); ("attentions", 0) and
     ("attention_scores", 0): (H,); ("pooled", 0): (D,); ("module", name): all but the rows, as it was with `inputs`.
+    whole: of each hidden state, all but the rows, as it was with `inputs`: (S, D), or (C, h, w) of a feature map.
     attention: settings a layer, with "queries-keys".
     names: modules that run once a forward pass and give a tensor.
     """
@@ -39,6 +40,7 @@ class Sites:
         self._places = Places(model, eager=attention == EAGER)
         self.depth = max(len(seen.hidden_states) - 1, 0)
         self.shapes: dict[Key, tuple[int, ...]] = {}
+        self.whole = [tuple(state.shape[1:]) for state in seen.hidden_states]
         self.attention: dict[int, AttentionSettings] = self._places.settings
         self._find_states(seen)
         self._find_modules(seen)

@@ -41,7 +41,8 @@ def to_dataset(store: TeacherStore, split: str | None = None) -> datasets.Datase
         raise ConfigError(f"{store.path}: split {split!r} is not there; it has {', '.join(store.splits)}")
     table = StoreTable(store, split)
     name = datasets.NamedSplit(split) if split else None
-    return datasets.Dataset(table, split=name, fingerprint=f"{store.fingerprint[:16]}{split or ''}")
+    content = store.manifest.get("sha256", store.fingerprint)  # the plan's stays where rows are dropped
+    return datasets.Dataset(table, split=name, fingerprint=f"{content[:16]}{split or ''}")
 
 
 def _table(store: TeacherStore, split: str | None) -> pa.Table:

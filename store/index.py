@@ -28,6 +28,14 @@ LOCKED: dict[str, str | bool | int | float | list[str]] = {
     "allow_community_extensions": "false",
 }
 _FULL = (duckdb.IOException, duckdb.OutOfMemoryException, duckdb.TransactionException, duckdb.FatalException)
+_AS = ("sample_id::BIGINT AS sample_id", "split::VARCHAR AS split", "shard::VARCHAR AS shard", "row::BIGINT AS row")
+_MISPLACED = """
+WITH placed AS (SELECT shard, split, rows, sum(rows) OVER (ORDER BY rowid) - rows AS first FROM shards)
+SELECT count(*) FROM (SELECT *, row_number() OVER (ORDER BY sample_id) - 1 AS at FROM samples) s
+LEFT JOIN placed p ON s.shard = p.shard
+WHERE NOT coalesce(s.sample_id = s.at AND s.split = p.split AND s.row = s.sample_id - p.first
+                   AND s.row >= 0 AND s.row < p.rows, false)
+"""  # rows of `samples` that do not stand where `shards` has them
 ADDRESS = ("sample_id", "split", "source_index", "view", "content_hash", "shard", "row", "num_tokens", "label")
 
 
@@ -61,34 +69,58 @@ def build(folder: Path, made: Mapping[str, Any]) -> None:
     fsync_folder(folder)
 
 
+def build_from_samples(folder: Path, made: Mapping[str, Any]) -> None:
+    """index.duckdb of samples.parquet and the manifest, for a store whose shards are elsewhere. Raises StoreCorrupt."""
+    target, temporary = folder / manifest.INDEX, folder / f"{manifest.INDEX}.tmp"
+    source = folder / manifest.SAMPLES
+    temporary.unlink(missing_ok=True)
+    plan = manifest.plan_of(made, str(folder))
+    try:
+        with duckdb.connect(str(temporary)) as connection:
+            shards_table(connection, plan, made)
+            samples = connection.read_parquet(str(source))
+            if not set(ADDRESS) <= set(samples.columns):
+                raise StoreCorrupt(f"{source} has not the columns of a samples table: {', '.join(ADDRESS)}")
+            total = sum(entry["rows"] for entry in made["shards"])
+            if connection.sql("SELECT count(*) FROM samples").fetchall() != [(total,)]:
+                raise StoreCorrupt(f"{source} has not the {total} rows that the manifest counts")
+            kept = f"SELECT * REPLACE ({', '.join(_AS)}) FROM samples ORDER BY sample_id"
+            connection.execute(f"CREATE TABLE samples AS {kept}")
+            if connection.sql(_MISPLACED).fetchall() != [(0,)]:
+                raise StoreCorrupt(f"{source} does not place its rows where the manifest has them")
+            connection.execute("CHECKPOINT")
+    except duckdb.OutOfMemoryException as error:
+        raise OutOfSpace(f"{folder}: the index could not be made ({str(error).splitlines()[0]})") from error
+    except duckdb.Error as error:
+        temporary.unlink(missing_ok=True)
+        raise StoreCorrupt(f"{source} is not a samples table ({_sentence(error)})") from error
+    os.replace(temporary, target)
+
+
 def fill(connection: duckdb.DuckDBPyConnection, folder: Path, made: Mapping[str, Any]) -> None:
     """The `shards` and `samples` tables of a manifest, into any connection."""
     plan = manifest.plan_of(made, str(folder))
-    columns = "shard, split, view, start, stop, rows, tokens, bytes, sha256"
-    connection.execute(
-        f"CREATE TABLE shards ({columns.replace(', ', ' BIGINT, ')} BIGINT)".replace("shard BIGINT", "shard VARCHAR")
-        .replace("split BIGINT", "split VARCHAR")
-        .replace("sha256 BIGINT", "sha256 VARCHAR")
-    )
+    shards_table(connection, plan, made)
     first = 0
     for shard, entry in zip(plan.shards, made["shards"], strict=True):
-        connection.execute(
-            "INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [
-                shard.name,
-                shard.split,
-                shard.view,
-                shard.start,
-                shard.stop,
-                entry["rows"],
-                entry["tokens"],
-                entry["bytes"],
-                entry["sha256"],
-            ],
-        )
         mapped = MappedShard(manifest.shard_path(folder, shard.name))
-        _insert(connection, _narrow(mapped, shard.name, shard.split, first), first == 0)
+        _insert(connection, _narrow(mapped, shard.name, shard.split, first), shard is plan.shards[0])
         first += entry["rows"]
+
+
+def shards_table(connection: duckdb.DuckDBPyConnection, plan: manifest.Plan, made: Mapping[str, Any]) -> None:
+    """The `shards` table, of the manifest alone."""
+    names = ("shard", "split", "view", "start", "stop", "rows", "tokens", "bytes", "sha256")
+    words = ("shard", "split", "sha256")
+    kinds = ", ".join(f"{name} {'VARCHAR' if name in words else 'BIGINT'}" for name in names)
+    connection.execute(f"CREATE TABLE shards ({kinds})")
+    rows = [
+        [shard.name, shard.split, shard.view, shard.start, shard.stop]
+        + [entry[name] for name in ("rows", "tokens", "bytes", "sha256")]
+        for shard, entry in zip(plan.shards, made["shards"], strict=True)
+    ]
+    if rows:
+        connection.executemany(f"INSERT INTO shards VALUES ({', '.join('?' * len(names))})", rows)
 
 
 def _insert(connection: duckdb.DuckDBPyConnection, narrow: pa.Table, create: bool) -> None:
@@ -212,6 +244,15 @@ class Index:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+class MemoryIndex(Index):
+    """Made in memory from the shards themselves: of an unfinished store, or of one whose index is not to be trusted."""
+
+    def __init__(self, folder: Path, made: Mapping[str, Any]):
+        super().__init__(folder)
+        self._connection = duckdb.connect(":memory:", config=LOCKED)
+        fill(self._connection, folder, made)
 
 
 def _sentence(error: duckdb.Error) -> str:

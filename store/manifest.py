@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,8 +23,8 @@ from .shard import ShardPlan, fsync_folder
 PLAN, MANIFEST, SHARDS = "plan.json", "store.json", "shards"
 FOLDERS = ("tokenizer", "processor")
 INDEX, SAMPLES, CARD, LOCK = "index.duckdb", "samples.parquet", "README.md", ".lock"
-NAMED = ("teacher", "tokenizer", "dataset")  # parts of the identity whose "name" is information only
-_LARGEST_JSON = 1 << 30  # bytes; a manifest of a million shards is 300 MB
+NAMED = ("teacher", "tokenizer", "processor", "dataset")  # parts of the identity whose "name" is information only
+LARGEST_JSON = 1 << 30  # bytes; a manifest of a million shards is 300 MB
 _SAFE = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-.")
 
 
@@ -52,7 +53,7 @@ class Plan:
             "shards": [shard.to_json() for shard in self.shards],
         }
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Digest of the plan without the names of teacher, tokenizer and dataset, which say where, not what."""
         plan = json.loads(json.dumps(self.to_json()))
@@ -90,14 +91,19 @@ def shard_path(folder: Path, name: str) -> Path:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Raises StoreCorrupt where the file is not one JSON object."""
+    if path.stat().st_size > LARGEST_JSON:
+        raise StoreCorrupt(f"{path}: {path.stat().st_size} bytes is no manifest")
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(text: bytes, where: str) -> dict[str, Any]:
+    """Raises StoreCorrupt where it is not one JSON object."""
     try:
-        if path.stat().st_size > _LARGEST_JSON:
-            raise StoreCorrupt(f"{path}: {path.stat().st_size} bytes is no manifest")
-        data = json.loads(path.read_bytes())
+        data = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise StoreCorrupt(f"{path} is not JSON ({error})") from error
+        raise StoreCorrupt(f"{where} is not JSON ({error})") from error
     if not isinstance(data, dict):
-        raise StoreCorrupt(f"{path}: one JSON object expected; got {type(data).__name__}")
+        raise StoreCorrupt(f"{where}: one JSON object expected; got {type(data).__name__}")
     return data
 
 
@@ -134,11 +140,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.exists():
         raise _unfinished(folder)
-    manifest = read_json(path)
-    check_version(manifest.get("format_version"), str(path))
+    return check_manifest(read_json(path), str(path))
+
+
+def check_manifest(manifest: dict[str, Any], where: str) -> dict[str, Any]:
+    """The same, once its version and its own hash were looked at. Raises StoreCorrupt, FormatVersionError."""
+    check_version(manifest.get("format_version"), where)
     if sealed(manifest)["sha256"] != manifest.get("sha256"):
-        raise StoreCorrupt(f"{path} was changed after the dump wrote it: its sha256 is not that of its content")
-    plan_of(manifest, str(path))
+        raise StoreCorrupt(f"{where} was changed after the dump wrote it: its sha256 is not that of its content")
+    plan_of(manifest, where)
     return manifest
 
 
@@ -173,18 +183,22 @@ def committed(folder: Path, plan: Plan) -> dict[str, dict[str, Any]]:
 
     A shard counts when its sidecar belongs to this plan and the file has the bytes that the sidecar says.
     """
-    found = {}
-    for shard in plan.shards:
-        path = shard_path(folder, shard.name)
-        sidecar = path.with_suffix(".json")
-        try:
-            entry = read_json(sidecar)
-            sound = entry["fingerprint"] == plan.fingerprint and path.stat().st_size == entry["bytes"]
-        except (FileNotFoundError, StoreCorrupt, KeyError):
-            continue
-        if sound:
-            found[shard.name] = {key: entry[key] for key in ("sha256", "bytes", "rows", "tokens")}
-    return found
+    found = ((shard.name, _sidecar(folder, plan.fingerprint, shard.name)) for shard in plan.shards)
+    return {name: entry for name, entry in found if entry is not None}
+
+
+def is_committed(folder: Path, plan: Plan, shard: ShardPlan) -> bool:
+    return _sidecar(folder, plan.fingerprint, shard.name) is not None
+
+
+def _sidecar(folder: Path, fingerprint: str, name: str) -> dict[str, Any] | None:
+    path = shard_path(folder, name)
+    try:
+        entry = read_json(path.with_suffix(".json"))
+        sound = entry["fingerprint"] == fingerprint and path.stat().st_size == entry["bytes"]
+        return {key: entry[key] for key in ("sha256", "bytes", "rows", "tokens")} if sound else None
+    except (FileNotFoundError, StoreCorrupt, KeyError):
+        return None
 
 
 def read_plan(folder: Path) -> Plan:

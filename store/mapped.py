@@ -102,7 +102,7 @@ class MappedShard:
             )
         if array.offset or array.null_count:
             raise StoreCorrupt(f"{where}: no nulls and no offset expected")
-        if data is not None and not self._base <= data.address <= self._base + self.bytes:
+        if data is not None and entries and not self._base <= data.address <= self._base + self.bytes:
             raise StoreCorrupt(f"{where}: buffers must lie in the file as they are; these are compressed")
         if not entries:
             return np.zeros((0, width), part.numpy_dtype), starts

@@ -22,9 +22,10 @@ from . import manifest, schema
 from .codecs import WHOLE_COLUMN, stored_parts
 from .errors import ConfigError
 from .gather import Allocate, Gather, Slot, allocate
-from .index import Index, fill
+from .index import Index, MemoryIndex
 from .mapped import MappedShard
 from .prefetch import Prefetcher
+from .remote import is_url
 from .schema import FieldSpec
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class TeacherStore:
 
     Raises StoreError, StoreIncomplete (unless allow_partial), StoreCorrupt, FormatVersionError.
     """
+
+    url: str | None = None  # of a store whose folder is a cache's
 
     def __init__(self, path: str | os.PathLike[str], made: Mapping[str, Any], partial: bool):
         self.path, self.manifest, self._partial = Path(path), dict(made), partial
@@ -59,7 +62,14 @@ class TeacherStore:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], allow_partial: bool = False) -> TeacherStore:
-        """allow_partial: of an unfinished store, read the shards that are committed."""
+        """path: a folder, or a URL (hf://datasets/user/name, s3://…), whose shards come into a cache as they are read.
+
+        allow_partial: of an unfinished store in a folder, read the shards that are committed.
+        """
+        if is_url(path):
+            from .remote_store import open_remote
+
+            return open_remote(str(path))
         folder = Path(path)
         if allow_partial and not (folder / manifest.MANIFEST).exists():
             return cls(folder, _partial_manifest(folder), True)
@@ -133,7 +143,7 @@ class TeacherStore:
         """A range where rows are contiguous, so that a whole split of 10 million rows costs no memory."""
         if where is not None:
             if self._partial:
-                self._index = _MemoryIndex(self.path, self.manifest)
+                self._index = MemoryIndex(self.path, self.manifest)
             return self._index.sample_ids(where, split)
         numbers = [at for at, shard in enumerate(self.shards) if split in (None, shard.split)]
         if numbers and numbers == list(range(numbers[0], numbers[-1] + 1)):
@@ -272,15 +282,6 @@ class TeacherRows:
                 ids = np.arange(begin, end) + self._ids.start if isinstance(self._ids, range) else self._ids[begin:end]
                 yield shard, slice(begin, end), ids - first[shard]
             begin = end
-
-
-class _MemoryIndex(Index):
-    """The index of an unfinished store, made in memory from what is committed."""
-
-    def __init__(self, folder: Path, made: Mapping[str, Any]):
-        super().__init__(folder)
-        self._connection = duckdb.connect(":memory:")
-        fill(self._connection, folder, made)
 
 
 def _reopen(

@@ -13,11 +13,12 @@ import numpy as np
 
 from . import index, manifest
 from .codecs import WHOLE_COLUMN, Part, parts_of
-from .errors import FormatVersionError, PredistillError, StoreCorrupt, StoreError, StoreIncomplete
+from .errors import ConfigError, FormatVersionError, PredistillError, StoreCorrupt, StoreError, StoreIncomplete
 from .identity import file_sha256
 from .manifest import Plan, shard_path
 from .mapped import MappedShard
 from .reader import TeacherStore
+from .remote import clean, is_url
 from .schema import INPUT_IDS, FieldSpec, is_list, is_ragged
 
 KNOWN = {
@@ -38,11 +39,14 @@ Problem = dict[str, str]
 
 
 def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Check a store: manifest, plan, every shard's bytes and structure, index and samples against the shards.
+    """Check a store: manifest, plan, every shard's bytes and structure, index and samples against the shards; of images
+    also whether a sample of rows still gives the pixels that the teacher saw.
 
     Returns {"ok", "shards", "samples", "bytes", "problems": [{"path", "kind", "detail"}]}; each detail names what to
     do. Raises StoreError only where the folder is not a store at all.
     """
+    if is_url(path):
+        raise ConfigError(f"a store is verified where its bytes are: predistill pull {clean(str(path))} FOLDER first")
     folder = Path(path)
     found: dict[str, Any] = {"ok": False, "shards": 0, "samples": 0, "bytes": 0, "problems": []}
     try:
@@ -64,6 +68,7 @@ def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
     problems += _extra_problems(folder, plan)
     if not bad_shards:  # an index can only be held against sound shards
         problems += _index_problems(folder, made)
+        problems += _pixel_problems(folder)
     return {**found, "ok": not problems, "problems": problems}
 
 
@@ -116,7 +121,7 @@ def _shard_problems(folder: Path, plan: Plan, name: str, entry: Mapping[str, Any
         yield _problem(path, folder, "checksum", f"its sha256 is not {entry['sha256'][:12]}…; {remake}")
         return
     try:
-        _check_structure(path, plan, name, entry)
+        check_structure(path, plan, name, entry)
     except PredistillError as error:
         yield _problem(path, folder, "structure", f"{error}; {remake}")
     sidecar = path.with_suffix(".json")
@@ -129,8 +134,8 @@ def _shard_problems(folder: Path, plan: Plan, name: str, entry: Mapping[str, Any
         yield _problem(sidecar, folder, "sidecar", f"does not agree with {manifest.MANIFEST}; {remake}")
 
 
-def _check_structure(path: Path, plan: Plan, name: str, entry: Mapping[str, Any]) -> None:
-    """The shard's own description, every buffer and every offset. Raises StoreCorrupt."""
+def check_structure(path: Path, plan: Plan, name: str, entry: Mapping[str, Any]) -> MappedShard:
+    """The shard, once its own description, every buffer and every offset were looked at. Raises StoreCorrupt."""
     mapped = MappedShard(path)
     try:
         mapped.batch.validate(full=True)
@@ -151,6 +156,7 @@ def _check_structure(path: Path, plan: Plan, name: str, entry: Mapping[str, Any]
                     raise StoreCorrupt(f"{path}: column {spec.name} has other lengths than its row's {INPUT_IDS}")
             if is_ragged(part.shape):
                 _check_counts(mapped, plan, spec, part, starts)
+    return mapped
 
 
 def _check_counts(mapped: MappedShard, plan: Plan, spec: FieldSpec, part: Part, starts: Any) -> None:
@@ -195,6 +201,14 @@ def _index_problems(folder: Path, made: Mapping[str, Any]) -> Iterator[Problem]:
             )
 
 
+def _pixel_problems(folder: Path) -> Iterator[Problem]:
+    """Of a store of images: a sample of rows, decoded again."""
+    from .pixels_verify import pixel_problem
+
+    if problem := pixel_problem(folder):
+        yield _problem(folder / manifest.SHARDS, folder, "pixels", problem)
+
+
 def _problem(path: Path, folder: Path, kind: str, detail: str) -> Problem:
     return {"path": str(path.relative_to(folder)), "kind": kind, "detail": detail}
 
@@ -217,15 +231,13 @@ def rebuild_index(path: str | os.PathLike[str]) -> dict[str, int]:
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What `predistill info` says: keys as in the README. An unfinished store is described by what is committed."""
-    folder = Path(path)
-    complete = (folder / manifest.MANIFEST).exists()
-    with TeacherStore.open(folder, allow_partial=True) as store:
+    with TeacherStore.open(path, allow_partial=True) as store:
         rows = sum(split["samples"] for split in store.splits.values())
         return {
-            "path": str(folder),
+            "path": store.url or str(Path(path)),
             "format_version": store.manifest["format_version"],
             "task": store.task,
-            "complete": complete,
+            "complete": (store.path / manifest.MANIFEST).exists(),
             "bytes": sum(entry["bytes"] for entry in store.manifest["shards"]),
             "samples": rows,
             "splits": store.splits,
@@ -233,6 +245,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
             "label_names": store.label_names,
             "teacher": store.identity.get("teacher"),
             "tokenizer": store.identity.get("tokenizer"),
+            "processor": store.identity.get("processor"),
             "dataset": store.identity.get("dataset"),
             "versions": store.identity.get("versions"),
             "settings": store.settings,
@@ -241,9 +254,9 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _field_sizes(store: TeacherStore) -> dict[str, dict[str, Any]]:
-    """Bytes from each shard's own buffers: shards are mapped, no values are read."""
-    sizes = dict.fromkeys(store.fields, 0)
-    for at in range(len(store.shards)):
+    """Bytes from each shard's own buffers: shards are mapped, no values are read. None where they are elsewhere."""
+    sizes: dict[str, Any] = dict.fromkeys(store.fields, 0 if store.url is None else None)
+    for at in range(len(store.shards) if store.url is None else 0):
         mapped = store.mapped(at)
         for name in sizes:
             sizes[name] += mapped.column(name).nbytes

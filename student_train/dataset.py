@@ -20,7 +20,18 @@ from .sampler import EvaluationBatchSampler, TrainBatchSampler
 
 def is_store_rows(dataset: Any) -> bool:
     """Does this dataset read whole batches by row number, as rows of a store do?"""
-    return callable(getattr(dataset, "batches", None)) and hasattr(dataset, "lengths")
+    return isinstance(dataset, TeacherRows) or (
+        callable(getattr(dataset, "batches", None)) and hasattr(dataset, "lengths")
+    )
+
+
+def readable(rows: Any) -> Any:
+    """Rows as a student takes them: of a store of images, with their pixels; others as they are."""
+    if isinstance(rows, TeacherRows) and "processing" in rows.store.settings:
+        from .pixel_rows import PixelRows
+
+        return PixelRows(rows)
+    return rows
 
 
 def narrowed(rows: Any, fields: Sequence[str], stored: Sequence[str] = ()) -> Any:
@@ -28,6 +39,7 @@ def narrowed(rows: Any, fields: Sequence[str], stored: Sequence[str] = ()) -> An
 
     stored: columns to be had as they are stored, not decoded.
     """
+    rows = readable(rows)
     return rows.with_fields(fields, stored) if isinstance(rows, TeacherRows) else rows.narrowed(fields, stored)
 
 

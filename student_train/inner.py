@@ -18,15 +18,18 @@ from torch.nn.parallel import DistributedDataParallel
 from ..store.activations import Sites
 from ..store.attention import AttentionSettings
 from ..store.errors import ConfigError
-from ..store.schema import ATTENTION_MASK, FieldSpec
+from ..store.pixels import PIXEL_VALUES
+from ..store.probe import evaluating
+from ..store.schema import ATTENTION_MASK, FieldSpec, symbols
 from .injected import Learnt
-from .inner_teacher import Sides, TeacherInside
+from .inner_teacher import MODULE, Sides, TeacherInside
 from .inner_terms import Comparison, compare, kinds_of, stored_for
 from .losses.terms import Term
 from .objective import Batch, Evaluated, Objective, Step, coefficients, term_names
 from .projections import Projections, attach_projections
 from .stored import StoredBatch
 
+_BY_TOKEN = ("hidden_states", "queries", "keys", "values", MODULE)  # kinds whose second axis is S, with tokens
 _OF_ATTENTION = {"attentions", "attention_scores", "queries", "keys", "values"}
 
 
@@ -94,10 +97,20 @@ class InnerObjective(Objective):
         weight = next(model.parameters())
         dtype = torch.promote_types(weight.dtype, torch.float32)
         made = Projections(maps, seed=self.seed, device=weight.device, dtype=dtype) if maps else None
+        by_name = any(MODULE in comparison.kinds for comparison in self.comparisons)
+        found = self._seen(model, inputs) if PIXEL_VALUES in inputs or by_name else None
         for comparison in self.comparisons:
-            rehearse(comparison, made)
+            rehearse(comparison, made, found, self._attention)
         self._projections = made
         attach_projections(model, made)
+
+    def _seen(self, model: nn.Module, inputs: Batch) -> dict[Any, Tensor]:
+        """What is compared of two rows: of images, whose positions are those of every row; of modules, whose shapes
+        are their own."""
+        two = {name: value[:1].repeat(2, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
+        with torch.no_grad(), evaluating(model), self._recording() as found:
+            model(**two)
+        return dict(found)
 
     # ---- training ----
 
@@ -148,12 +161,13 @@ class InnerObjective(Objective):
 
     def _recording(self) -> contextlib.AbstractContextManager[dict[Any, Tensor]]:
         assert self._sites is not None, "attach comes first"
-        wanted: dict[str, dict[int, None]] = {}
+        wanted: dict[str, dict[int | str, None]] = {}
         for kind, layer in (key for one in self.comparisons for key in one.wanted):
             late = kind in ("attentions", "attention_scores") and layer in self._attention
             for name in ("queries", "keys") if late else (kind,):
                 wanted.setdefault(name, {})[layer] = None
-        return self._sites.recording({kind: tuple(layers) for kind, layers in wanted.items()})
+        modules = [str(name) for name in wanted.pop(MODULE, ())]
+        return self._sites.recording({kind: tuple(map(int, layers)) for kind, layers in wanted.items()}, modules)
 
     @contextlib.contextmanager
     def _reached(self, model: nn.Module) -> Iterator[None]:
@@ -220,21 +234,33 @@ def find_sites(model: nn.Module, inputs: Batch, kinds: set[str]) -> Sites:
 
 
 @torch.no_grad()
-def rehearse(comparison: Comparison, projections: Projections | None) -> None:
-    """Compute the loss of zeros of the shapes that both sides have. Raises ConfigError where they do not suit it."""
+def rehearse(
+    comparison: Comparison, projections: Projections | None, seen: Mapping[Any, Tensor] | None,
+    attention: Mapping[int, AttentionSettings],
+) -> None:  # fmt: skip
+    """Compute the loss of zeros of the shapes that both sides have. Raises ConfigError where they do not suit it.
+
+    seen: of images and of modules, what was recorded of two rows; attention: as Sides takes it with that.
+    """
     teacher, rows, tokens = comparison.teacher, 2, 2
     batch = {ATTENTION_MASK: torch.ones(rows, tokens, dtype=torch.int64)}
+    if seen is not None and not any(symbols(teacher.specs[name].shape) for name in comparison.columns):
+        batch = {PIXEL_VALUES: torch.zeros(rows)}
+    elif seen is not None:
+        tokens = next(value.shape[1] for (kind, _), value in seen.items() if kind in _BY_TOKEN)
+        batch = {ATTENTION_MASK: torch.ones(rows, tokens, dtype=torch.int64)}
     for name in comparison.columns:
         sizes = [tokens if isinstance(size, str) else size for size in teacher.specs[name].shape]
         batch[name] = torch.zeros(rows, *sizes)
     found = {}
-    for key in comparison.wanted:
+    for key in comparison.wanted if seen is None else ():
         shape = comparison.student.shapes[key]
         square = key[0] in ("attentions", "attention_scores")
         middle = (*shape, tokens, tokens) if square else shape if key[0] == "pooled" else (tokens, *shape)
         found[key] = torch.zeros(rows, *middle)
     device = None if projections is None else next(projections.parameters()).device
-    sides = Sides(_on(batch, device), teacher, _on(found, device), projections)
+    recorded = found if seen is None else seen
+    sides = Sides(_on(batch, device), teacher, _on(recorded, device), projections, attention if seen else None)
     try:
         comparison.total(sides)
     except ValueError as error:

@@ -1,20 +1,24 @@
 """What a store holds of the inside of its teacher, and both sides of a batch: the teacher's tensors, the student's.
 
-B rows, S tokens, D width, H heads, K key heads, d head size.
+B rows, S tokens, D width, H heads, K key heads, d head size. Of images every row has the same positions, so that their
+columns have no S and nothing is masked; a convolution's map [C, H, W] is compared as H * W positions of width C.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..store.attention import AttentionSettings, attention_probabilities, attention_scores, visible_keys
 from ..store.errors import ConfigError, StoreCorrupt
-from ..store.schema import ATTENTION_MASK, POSITION_IDS, FieldSpec, layer_column
+from ..store.pixels import PIXEL_VALUES
+from ..store.schema import ATTENTION_MASK, POSITION_IDS, FieldSpec, layer_column, symbols
 from .layers import Pairs, layer_map, stored_columns
 from .objective import Batch
 from .projections import Projections
@@ -22,8 +26,12 @@ from .stored import StoredBatch
 
 POOLED = "pooled"
 POOLED_COLUMN = "teacher_pooled"
+MODULE = "module"  # kind whose layers are names
+_MODULE_COLUMN = "teacher_module_"
 _COLUMN = re.compile(r"teacher_(hidden_states|attentions|attention_scores|queries|keys|values)_(\d+)")
 _OF_QUERIES = ("attentions", "attention_scores")  # what queries and keys tell
+_MAPS = ("hidden_states", MODULE)  # what may be a convolution's [C, H, W]
+_ATTENDING = ("queries", "keys", "values", *_OF_QUERIES)
 _PLAIN = AttentionSettings(1, 1, 1, 1.0)  # of a column that names none: every token sees every other
 
 
@@ -56,11 +64,13 @@ class TeacherInside:
         """Raise ConfigError, saying what there is, where the term `name` finds nothing of this kind."""
         if self.layers(kind) or (kind == POOLED and POOLED_COLUMN in self.specs):
             return
+        if kind == MODULE and any(one.startswith(_MODULE_COLUMN) for one in self.specs):
+            return
         taught = [stored_columns(each, self.layers(each)) for each in self._stored]
         others = [one for one, spec in self.specs.items() if spec.role == "teacher" and not _COLUMN.fullmatch(one)]
         raise ConfigError(
             f"the term {name!r} needs the teacher's {kind}, but the store holds {'; '.join([*taught, *others])}: dump "
-            f"--fields {kind} too, or leave the term out"
+            f"{'--capture names of modules' if kind == MODULE else f'--fields {kind}'} too, or leave the term out"
         )
 
     def pairs(self, text: str, kind: str, student_depth: int) -> Pairs:
@@ -68,19 +78,51 @@ class TeacherInside:
         named = kind if kind in self._stored or kind not in _OF_QUERIES else "queries"
         return layer_map(text, named, student_depth, self.depth, self.layers(kind))
 
-    def columns(self, kind: str, layer: int) -> list[str]:
-        """Those that `read` reads."""
+    def columns(self, kind: str, layer: int | str) -> list[str]:
+        """Those that `read` reads. Raises ConfigError for a module that was not captured."""
+        if kind == MODULE:
+            name = _MODULE_COLUMN + str(layer).replace(".", "_")
+            if name not in self.specs:
+                there = ", ".join(one for one in self.specs if one.startswith(_MODULE_COLUMN)) or "none"
+                raise ConfigError(f"the teacher's module {layer} is not in the store, which has {there}: --capture it")
+            return [name]
+        assert isinstance(layer, int)
         if kind == POOLED:
             return [POOLED_COLUMN]
         if kind in _OF_QUERIES and layer not in self._stored.get(kind, ()):
             return [layer_column("queries", layer), layer_column("keys", layer)]
         return [layer_column(kind, layer)]
 
-    def shape(self, kind: str, layer: int) -> tuple[int, ...]:
-        """Without rows and tokens: (D,) of hidden states, (H, d) of queries, (H,) of attentions and scores."""
+    def shape(self, kind: str, layer: int | str) -> tuple[int, ...]:
+        """Without rows and positions: (D,) of hidden states, (H, d) of queries, (H,) of attentions and scores."""
         shape = self.specs[self.columns(kind, layer)[0]].shape
         sizes = tuple(size for size in shape if not isinstance(size, str))
-        return sizes[:1] if kind in _OF_QUERIES else sizes
+        if kind in _OF_QUERIES or self.grid(kind, layer):
+            return sizes[:1]
+        if kind == POOLED:
+            return (math.prod(sizes),)
+        if kind == MODULE:
+            return sizes[-1:]
+        return sizes if symbols(shape) else sizes[1:]
+
+    def grid(self, kind: str, layer: int | str) -> tuple[int, int] | None:
+        """(H, W) of a convolution's map; None of everything else."""
+        shape = self.specs[self.columns(kind, layer)[0]].shape
+        if kind not in _MAPS or symbols(shape) or len(shape) != 3:
+            return None
+        return int(shape[1]), int(shape[2])
+
+    def positions(self, kind: str, layer: int | str) -> int | None:
+        """How many there are in every row of images; None of texts, whose rows differ."""
+        spec = self.specs[self.columns(kind, layer)[0]]
+        if symbols(spec.shape):
+            return None
+        sizes = [size for size in spec.shape if isinstance(size, int)]
+        if len(sizes) == 1:
+            return 1
+        if grid := self.grid(kind, layer):
+            return math.prod(grid)
+        return sizes[-1] if spec.name.startswith(("teacher_attentions", "teacher_attention_scores")) else sizes[0]
 
     def is_head_mean(self, kind: str, layer: int) -> bool:
         """Is what is stored the mean over heads alone?"""
@@ -94,7 +136,7 @@ class TeacherInside:
                 return AttentionSettings.from_json(spec.parameters["attention"])
         return _PLAIN
 
-    def read(self, kind: str, layer: int, batch: Batch, visible: Tensor | None = None) -> Tensor:
+    def read(self, kind: str, layer: int | str, batch: Batch, visible: Tensor | None = None) -> Tensor:
         """[B, S, D], [B, H, S, S], [B, S, H, d] or [B, D], in the stored dtype, or float32 where it is made anew.
 
         visible: bool [B, 1, S, S], which attentions are made anew with.
@@ -102,6 +144,7 @@ class TeacherInside:
         columns = self.columns(kind, layer)
         if len(columns) == 1:
             return batch[columns[0]]
+        assert isinstance(layer, int)
         settings = self.settings(layer)
         with torch.no_grad():
             scores = attention_scores(batch[columns[0]], batch[columns[1]], settings)
@@ -123,42 +166,71 @@ class Sides:
         self, batch: Batch, teacher: TeacherInside, found: Mapping[Any, Tensor] | None = None,
         projections: Projections | None = None, attention: Mapping[int, AttentionSettings] | None = None,
     ) -> None:  # fmt: skip
-        if ATTENTION_MASK not in batch:
+        if ATTENTION_MASK not in batch and PIXEL_VALUES not in batch:
             raise ConfigError("losses of what is inside a model need attention_mask, which these rows do not have")
         self._batch = StoredBatch(batch, teacher.specs)
         self._teacher, self._projections = teacher, projections
         self._found, self._attention = {} if found is None else found, attention or {}
-        self.mask = batch[ATTENTION_MASK].bool()  # [B, S]
+        self.mask = batch[ATTENTION_MASK].bool() if ATTENTION_MASK in batch else None  # [B, S]; None: all count
+        self._some = batch[PIXEL_VALUES] if self.mask is None else self.mask
+        self.rows = len(self._some)
         self._visible: dict[tuple[Any, ...], Tensor] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self._some.device
 
     def visible(self, layer: int) -> Tensor:
         """bool [B, 1, S, S]: the keys that each query of the teacher's attention `layer` sees."""
-        return self._seen(self._teacher.settings(layer))
+        stored = next(kind for kind in _ATTENDING if layer in self._teacher.layers(kind))
+        return self._seen(self._teacher.settings(layer), self._teacher.positions(stored, layer))
 
-    def _seen(self, settings: AttentionSettings) -> Tensor:
-        key = settings.causal, settings.window
+    def _seen(self, settings: AttentionSettings, positions: int | None) -> Tensor:
+        key = settings.causal, settings.window, positions
         if key not in self._visible:
-            self._visible[key] = visible_keys(self.mask, settings, self._batch.get(POSITION_IDS))
+            mask = self.counting(positions)
+            self._visible[key] = visible_keys(mask, settings, self._batch.get(POSITION_IDS))
         return self._visible[key]
 
-    def teacher(self, kind: str, layer: int) -> Tensor:
-        visible = self.visible(layer) if kind in _OF_QUERIES else None
-        return self._teacher.read(kind, layer, self._batch, visible)
+    def counting(self, positions: int | None) -> Tensor:
+        """bool [B, S]: the mask; where every row has as many positions, one of these, all of which count."""
+        if positions is None:
+            assert self.mask is not None
+            return self.mask
+        return torch.ones(self.rows, positions, dtype=torch.bool, device=self._some.device)
 
-    def student(self, kind: str, layer: int, projection: str = "") -> Tensor:
+    def teacher(self, kind: str, layer: int | str, grid: tuple[int, int] | None = None) -> Tensor:
+        visible = self.visible(int(layer)) if kind in _OF_QUERIES else None
+        return as_positions(self._teacher.read(kind, layer, self._batch, visible), kind, grid)
+
+    def student(self, kind: str, layer: int | str, projection: str = "", grid: tuple[int, int] | None = None) -> Tensor:
         """projection: a key of the projections; as it is where there is none of this key."""
         if kind in _OF_QUERIES and layer in self._attention:
-            return self._attended(kind, layer)
-        value = self._found[kind, layer][: len(self.mask)]
+            return self._attended(kind, int(layer))
+        value = as_positions(self._found[kind, layer][: self.rows], kind, grid)
         if self._projections is not None and projection in self._projections:
             return self._projections(projection, value)
         return value
 
     def _attended(self, kind: str, layer: int) -> Tensor:
         settings = self._attention[layer]
-        queries, keys = (self._found[name, layer][: len(self.mask)] for name in ("queries", "keys"))
+        queries, keys = (self._found[name, layer][: self.rows] for name in ("queries", "keys"))
         scores = attention_scores(queries, keys, settings)
-        return scores if kind == "attention_scores" else attention_probabilities(scores, self._seen(settings))
+        if kind == "attention_scores":
+            return scores
+        return attention_probabilities(scores, self._seen(settings, queries.shape[1] if self.mask is None else None))
+
+
+def as_positions(value: Tensor, kind: str, grid: tuple[int, int] | None) -> Tensor:
+    """A map [B, C, H, W] as [B, H * W, C], brought to `grid` by average pooling; pooled [B, C, 1, 1] as [B, C]; others
+    as they are."""
+    if kind == POOLED:
+        return value.flatten(1)
+    if kind not in _MAPS or value.dim() != 4:
+        return value
+    if grid is not None and value.shape[2:] != grid:
+        value = F.adaptive_avg_pool2d(value.to(torch.promote_types(value.dtype, torch.float32)), grid)
+    return value.flatten(2).mT
 
 
 def _depth(spec: FieldSpec) -> int:

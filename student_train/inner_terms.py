@@ -17,13 +17,13 @@ from torch import Tensor
 
 from ..store.activations import Sites
 from ..store.errors import ConfigError
-from .inner_teacher import POOLED, Sides, TeacherInside
+from .inner_teacher import MODULE, POOLED, Sides, TeacherInside
 from .layers import HIDDEN_STATES, Pairs
 from .losses import attention, feature_maps, hidden, relations
 from .losses.terms import Term
 from .projections import LinearMap
 
-Key = tuple[str, int]  # (kind, layer)
+Key = tuple[str, int | str]  # (kind, layer), or (MODULE, name)
 _LETTERS = {"q": "queries", "k": "keys", "v": "values"}
 
 
@@ -36,7 +36,8 @@ class Comparison(ABC):
         self.pairs = self._pairs()
         for key in self.wanted:
             if key not in student.shapes:
-                raise ConfigError(f"the term {name!r} needs the student's {key[0]}, which it does not have")
+                what = f"module {key[1]}" if key[0] == MODULE else key[0]
+                raise ConfigError(f"the term {name!r} needs the student's {what}, which it does not have")
         self.entries: Sequence[Any] = self._entries()
 
     def _pairs(self) -> Pairs:
@@ -68,18 +69,42 @@ class Comparison(ABC):
         """Of hidden states, one a pair of layers: where widths differ, or always where the term says so."""
         asked, found = self.term.options.get("projection", "none"), {}
         for own, theirs in self.pairs if asked != "none" else ():
-            (inputs,), (outputs,) = self.student.shapes[HIDDEN_STATES, own], self.teacher.shape(HIDDEN_STATES, theirs)
+            inputs = self.student.shapes[HIDDEN_STATES, own][0]
+            (outputs,) = self.teacher.shape(HIDDEN_STATES, theirs)
             if asked != "auto" or inputs != outputs:
                 bias, orthogonal = self.term.options["bias"], asked == "orthogonal"
                 found[self._key(own, theirs)] = LinearMap(inputs, outputs, bias, orthogonal)
         return found
 
-    def _key(self, own: int, theirs: int) -> str:
-        return f"{self.name}/{own}:{theirs}"
+    def _key(self, own: int | str, theirs: int | str) -> str:
+        return f"{self.name}/{own}:{theirs}".replace(".", "_")  # names of parameters have no dots
 
     @abstractmethod
     def values(self, sides: Sides, entry: Any) -> Tensor:
         """[B], [B, S] or [B, S, S], 0 at padding."""
+
+    def grid(self, entry: Any) -> tuple[int, int] | None:
+        """(H, W) that maps of convolutions are brought to: the least of the entry's; None where there are none.
+
+        Raises ConfigError where one side has a map and the other has tokens.
+        """
+        found: list[tuple[int, int] | None] = []
+        for own, theirs in pairs_of(entry):
+            shape = self.student.shapes[self.kinds[0], own]
+            found += [shape[1:] if len(shape) == 3 else None, self.teacher.grid(self.kinds[0], theirs)]
+        sizes = [size for size in found if size is not None]
+        if sizes and len(sizes) < len(found):
+            raise ConfigError(
+                f"the term {self.name!r} would compare a map of a convolution with tokens; compare pooled features, as "
+                "relations/rkd:feature=mean does, or give a student of the teacher's kind"
+            )
+        return (min(size[0] for size in sizes), min(size[1] for size in sizes)) if sizes else None
+
+    def tokens(self, sides: Sides, entry: Any) -> Tensor:
+        """int64 [B]: positions of an entry that count."""
+        grid = self.grid(entry) if self.kinds in ((HIDDEN_STATES,), (MODULE,)) else None
+        found = self.teacher.positions(self.kinds[0], pairs_of(entry)[0][1]) if grid is None else grid[0] * grid[1]
+        return sides.counting(found).sum(-1)
 
     def total(self, sides: Sides) -> Tensor:
         """Scalar: the sum over all of all entries."""
@@ -96,9 +121,9 @@ class Comparison(ABC):
 
     def units(self, sides: Sides, entry: Any) -> Tensor:
         """int64 scalar: rows, tokens, or pairs of tokens of an entry."""
-        tokens = sides.mask.sum(-1)
         if self.term.spec.unit == "row":
-            return torch.full_like(tokens[:1].sum(), len(tokens))
+            return torch.tensor(sides.rows, device=sides.device)
+        tokens = self.tokens(sides, entry)
         return (tokens if self.term.spec.unit == "token" else tokens.square()).sum()
 
 
@@ -108,8 +133,9 @@ class HiddenStates(Comparison):
     functions: dict[str, Callable[..., Tensor]] = {"mse": hidden.mse, "cosine": hidden.cosine, "pkd": hidden.pkd}
 
     def values(self, sides: Sides, entry: tuple[int, int]) -> Tensor:
-        own = sides.student(HIDDEN_STATES, entry[0], self._key(*entry))
-        return self.functions[self.term.loss](own, sides.teacher(HIDDEN_STATES, entry[1]), sides.mask)
+        grid = self.grid(entry)
+        own = sides.student(HIDDEN_STATES, entry[0], self._key(*entry), grid)
+        return self.functions[self.term.loss](own, sides.teacher(HIDDEN_STATES, entry[1], grid), sides.mask)
 
 
 class Attentions(Comparison):
@@ -136,7 +162,7 @@ class Attentions(Comparison):
         return self.functions[self.term.loss](own, theirs, sides.visible(entry[1]), heads=self.heads)
 
     def units(self, sides: Sides, entry: tuple[int, int]) -> Tensor:
-        return sides.visible(entry[1]).sum() if self.term.spec.unit == "pair" else sides.mask.sum()
+        return sides.visible(entry[1]).sum() if self.term.spec.unit == "pair" else self.tokens(sides, entry).sum()
 
 
 class TokenRelations(Comparison):
@@ -151,8 +177,8 @@ class TokenRelations(Comparison):
             (own_left, own_right), (left, right) = (
                 [side(kind, layer) for kind in kinds] for side, layer in ((sides.student, own), (sides.teacher, theirs))
             )
-            seen = sides.visible(theirs)
-            found.append(relations.minilm(own_left, own_right, left, right, sides.mask, heads=heads, visible=seen))
+            seen, mask = sides.visible(theirs), sides.counting(self.teacher.positions(self.kinds[0], theirs))
+            found.append(relations.minilm(own_left, own_right, left, right, mask, heads=heads, visible=seen))
         return torch.stack(found).sum(0)
 
 
@@ -184,8 +210,9 @@ class Maps(Comparison):
     }  # fmt: skip
 
     def values(self, sides: Sides, entry: tuple[int, int]) -> Tensor:
-        own, theirs = sides.student(HIDDEN_STATES, entry[0]), sides.teacher(HIDDEN_STATES, entry[1])
-        return self.functions[self.term.loss](own, theirs, sides.mask)
+        grid = self.grid(entry)
+        own = sides.student(HIDDEN_STATES, entry[0], grid=grid)
+        return self.functions[self.term.loss](own, sides.teacher(HIDDEN_STATES, entry[1], grid), sides.mask)
 
 
 class Flows(Comparison):
@@ -202,20 +229,64 @@ class Flows(Comparison):
         return list(pairwise(self.pairs))
 
     def values(self, sides: Sides, entry: tuple[tuple[int, int], tuple[int, int]]) -> Tensor:
-        own = [sides.student(HIDDEN_STATES, pair[0], self._key(*pair)) for pair in entry]
-        theirs = [sides.teacher(HIDDEN_STATES, pair[1]) for pair in entry]
+        grid = self.grid(entry)
+        own = [sides.student(HIDDEN_STATES, pair[0], self._key(*pair), grid) for pair in entry]
+        theirs = [sides.teacher(HIDDEN_STATES, pair[1], grid) for pair in entry]
         return self.functions[self.term.loss](*own, *theirs, sides.mask)
+
+
+class Modules(Comparison):
+    """What modules give, by their names: maps of convolutions, tokens, or vectors."""
+
+    functions: dict[str, Callable[..., Tensor]] = {
+        **HiddenStates.functions, **Maps.functions, "rkd": relations.rkd, "similarity": relations.similarity,
+        "pkt": relations.pkt,
+    }  # fmt: skip
+
+    def _pairs(self) -> Any:
+        if not self.term.options["modules"]:
+            raise ConfigError(
+                f"the term {self.name!r} compares modules: say which, as modules=student_name:teacher_name"
+            )
+        return tuple(tuple(pair.split(":")) for pair in self.term.options["modules"].split("+"))
+
+    @property
+    def projections(self) -> dict[str, LinearMap]:
+        asked, found = self.term.options.get("projection", "none"), {}
+        for own, theirs in self.pairs if asked != "none" else ():
+            shape, (outputs,) = self.student.shapes[MODULE, own], self.teacher.shape(MODULE, theirs)
+            inputs = shape[0] if len(shape) == 3 else shape[-1]
+            if asked != "auto" or inputs != outputs:
+                bias, orthogonal = self.term.options["bias"], asked == "orthogonal"
+                found[self._key(own, theirs)] = LinearMap(inputs, outputs, bias, orthogonal)
+        return found
+
+    def values(self, sides: Sides, entry: tuple[str, str]) -> Tensor:
+        grid, loss = self.grid(entry), self.functions[self.term.loss]
+        mask = sides.mask if self.teacher.positions(MODULE, entry[1]) is None else None
+        values = [sides.student(MODULE, entry[0], self._key(*entry), grid), sides.teacher(MODULE, entry[1], grid)]
+        if self.term.loss in RowRelations.functions:
+            return loss(*(one if one.dim() == 2 else hidden.mean_token(one, mask) for one in values))
+        return loss(*values, mask)
 
 
 COMPARISONS: dict[str, type[Comparison]] = {
     "hidden_states": HiddenStates, "embeddings": HiddenStates, "attentions": Attentions,
     "attention_scores": Attentions, "relations/minilm": TokenRelations, "relations/attention_transfer": Maps,
     "relations/nst": Maps, "relations/fsp": Flows, "relations/mmd": Flows, "relations": RowRelations,
+    "feature_maps": Modules,
 }  # fmt: skip
+
+
+def pairs_of(entry: Any) -> Sequence[tuple[Any, Any]]:
+    """The pairs of layers of an entry, which is one or two of them."""
+    return entry if isinstance(entry[0], tuple) else [entry]
 
 
 def kinds_of(term: Term, teacher: TeacherInside) -> tuple[str, ...]:
     """What of both models' inside a term compares."""
+    if term.name == "feature_maps":
+        return (MODULE,)
     if term.options.get("or_attentions") and not teacher.layers(term.name):
         return ("attentions",)
     if term.name in ("attentions", "attention_scores"):
@@ -233,6 +304,8 @@ def compare(term: Term, name: str, teacher: TeacherInside, student: Sites) -> Co
 
 def stored_for(term: Term, teacher: TeacherInside) -> Iterator[str]:
     """Columns that a term may read of a store, as long as its layers are not known."""
+    for pair in filter(None, term.options.get("modules", "").split("+")):
+        yield from teacher.columns(MODULE, pair.partition(":")[2])
     for kind in kinds_of(term, teacher):
         for layer in [0] if kind == POOLED else teacher.layers(kind):
             yield from teacher.columns(kind, layer)

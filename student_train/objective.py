@@ -23,11 +23,14 @@ import torch
 from torch import nn
 
 from ..store.errors import ConfigError
+from ..store.pixels import PIXEL_HASH, PIXEL_VALUES
 from ..store.schema import END_POSITIONS, INPUT_IDS, LABELS, OFFSETS, START_POSITIONS, WORD_IDS
 from .losses.terms import Term
 
 Batch = Mapping[str, torch.Tensor]
-NEVER_GIVEN = {LABELS, START_POSITIONS, END_POSITIONS, OFFSETS, WORD_IDS}  # columns that no student is given
+NEVER_GIVEN = {  # columns that no student is given
+    LABELS, START_POSITIONS, END_POSITIONS, OFFSETS, WORD_IDS, PIXEL_HASH,
+}  # fmt: skip
 
 
 class Step(NamedTuple):
@@ -60,6 +63,7 @@ class Objective(ABC):
     keeps_logits: bool  # for compute_metrics
     stored_fields: Sequence[str] = ()  # of `fields`, those that it decodes itself, where it computes
     looks_inside = False  # does `attach` look at the student?
+    judges_answers = True  # does `evaluate` look at nothing but what the student returns?
     judges_rows = False  # does `row_scores` wait for what `evaluate` keeps of each row?
 
     def __init__(self, terms: Sequence[Term]) -> None:
@@ -154,4 +158,4 @@ def accepted_inputs(model: Any) -> set[str]:
     varying = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     named = {name for name, one in parameters.items() if one.kind not in varying}
     open_ended = any(one.kind == one.VAR_KEYWORD for one in parameters.values())
-    return set() if open_ended and INPUT_IDS not in named else named - NEVER_GIVEN
+    return set() if open_ended and not named & {INPUT_IDS, PIXEL_VALUES} else named - NEVER_GIVEN

@@ -23,14 +23,15 @@ from ..store.errors import ConfigError
 from ..store.identity import weights_sha256
 from .settings import BILSTM_CNN, FROM_TEACHER_LAYERS, TrainConfig
 from .tasks import Task, task_of
-from .tokens import check_vocabulary, store_tokenizer, student_tokenizer
+from .tokens import check_vocabulary, is_tokenizer, store_tokenizer, student_tokenizer
 
 _NUMBERED = re.compile(r"^(?P<prefix>.+?)\.(?P<number>\d+)\.(?P<rest>.+)$")
 
 
 @dataclass
 class Student:
-    """A model, its tokenizer, and where both came from. retokenize: its tokens are not the store's."""
+    """A model, its tokenizer (of images: processor), and where both came from. retokenize: its tokens are not the
+    store's."""
 
     model: nn.Module
     tokenizer: Any
@@ -77,6 +78,12 @@ def reads_words(config: TrainConfig) -> bool:
     return BILSTM_CNN in (config.student, kind)
 
 
+def usual_arguments(config: TrainConfig) -> dict[str, Any]:
+    """TrainingArguments that suit the student, where nothing else is said: what LSTMs of random weights need is some
+    forty times what fine-tuning a transformer does."""
+    return {"learning_rate": 2e-3} if reads_words(config) else {}
+
+
 def auto_class(task: Task) -> Any:
     return getattr(transformers, task.model_class)
 
@@ -107,7 +114,8 @@ def read_config(name: str) -> Any:
 
 
 def from_config(path: str, task: Task, tokenizer: Any) -> nn.Module:
-    """Random weights. A config without vocab_size gets the tokenizer's, and its special tokens."""
+    """Random weights. A config without vocab_size gets the tokenizer's, and its special tokens; one without image_size
+    that of the store's pixels."""
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     try:
         settings = json.loads(file.read_text())
@@ -116,7 +124,8 @@ def from_config(path: str, task: Task, tokenizer: Any) -> nn.Module:
         raise ConfigError(f"--student-config {path}: config.json, or a folder that holds it, expected") from None
     except (ValueError, KeyError, AttributeError) as error:
         raise ConfigError(f"--student-config {path}: JSON with a model_type expected; {error}") from None
-    if tokenizer is not None:
+    settings = {**getattr(task, "sizes", {}), **settings}
+    if tokenizer is not None and is_tokenizer(tokenizer):
         settings.setdefault("vocab_size", len(tokenizer))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(tokenizer, name, None) is not None:

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
 from ..store.errors import DataError, StoreMismatch
 from ..store.identity import short, tokenizer_content, tokenizer_sha256
@@ -22,16 +22,24 @@ TOKENIZER_FILES = (
 
 
 def store_tokenizer(store: Any) -> Any:
+    """What a store's inputs were made with: of images a processor; None where the store has neither."""
+    if (processor := store.path / "processor").is_dir():
+        return AutoImageProcessor.from_pretrained(processor, backend="pil")
     return AutoTokenizer.from_pretrained(store.tokenizer_dir) if store.tokenizer_dir else None
 
 
 def student_tokenizer(name: str, store: Any) -> tuple[Any, bool]:
     """The student's tokenizer, else the store's; and whether it gives other ids than the store's."""
     stored = store_tokenizer(store)
-    own = load_tokenizer(name)
+    own = load_tokenizer(name) if is_tokenizer(stored) else None  # images come as the store has them
     if own is None or stored is None:
         return own or stored, False
     return own, tokenizer_sha256(own) != tokenizer_sha256(stored)
+
+
+def is_tokenizer(made: Any) -> bool:
+    """Or is it a processor of images?"""
+    return not hasattr(made, "preprocess")
 
 
 def load_tokenizer(name: str) -> Any:
@@ -61,9 +69,11 @@ def tokenizer_difference(store: Any, tokenizer: Any) -> str:
 
 def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
     """Raises DataError where ids of the tokenizer lie outside the student's embeddings."""
+    if tokenizer is None or not is_tokenizer(tokenizer):
+        return
     embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
     known = getattr(embeddings, "num_embeddings", None)
-    if tokenizer is not None and known is not None and len(tokenizer) > known:
+    if known is not None and len(tokenizer) > known:
         raise DataError(
             f"the student embeds {known} tokens, the tokenizer has {len(tokenizer)}: "
             f"give a student with vocab_size {len(tokenizer)}"

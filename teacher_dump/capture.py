@@ -107,6 +107,11 @@ class Capture:
 
     def _out_of_memory(self, inputs: Mapping[str, torch.Tensor]) -> ConfigError:
         rows, width = next(iter(inputs.values())).shape[:2]
+        if next(iter(inputs.values())).dim() == 4:
+            return ConfigError(
+                f"{self.device} is out of memory at a batch of {rows} images: free some and run the same command "
+                f"again, or start over with --batch-size {max(rows // 2, 1)} --overwrite"
+            )
         advice = f"--tokens-per-batch {max(rows * width // 2, 1)} --overwrite" if rows > 1 else "a smaller --max-length"
         return ConfigError(
             f"{self.device} is out of memory at a batch of {rows} rows of {width} tokens: free some and run the same "

@@ -13,6 +13,8 @@ _HUB_TASKS = {
     "token-classification": "token-classification",
     "question-answering": "question-answering",
     "causal-lm": "text-generation",
+    "image-classification": "image-classification",
+    "semantic-segmentation": "image-segmentation",
 }
 _TEMPLATE = """---
 {{ card_data }}
@@ -26,8 +28,9 @@ Made by predistill; the layout is described in its `store/FORMAT.md`.
 | | |
 |---|---|
 | task | {{ plan.task }} |
-| teacher | {{ teacher_name }}, {{ weights }}) |
-| tokenizer | `{{ plan.identity.tokenizer.name }}` (sha256 {{ plan.identity.tokenizer.sha256[:12] }}) |
+| teacher | {{ teacher_name }}, {{ weights }}) |{%- for kind in ("tokenizer", "processor") if kind in plan.identity %}
+| {{ kind }} | `{{ plan.identity[kind].name }}` (sha256 {{ plan.identity[kind].sha256[:12] }}) |
+{%- endfor %}
 | dataset | `{{ dataset.name }}` ({{ revision }}rows sha256 {{ dataset.rows_sha256[:12] }}) |
 | samples | {{ samples }} |
 {%- if plan.label_names %}

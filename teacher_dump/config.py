@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..store.errors import ConfigError
+from ..store.lease import KINDS as LEASES
+from ..store.lease import TIMEOUT as LEASE_TIMEOUT
+from ..store.sizes import parse_size
 from .layers import EXACT, INNER, LAYERED, SQUARE, STORAGES, attention_source, check_layers
-from .tasks import TASKS
+from .tasks import REFUSED, TASKS
 
 DTYPES = ("float16", "bfloat16", "float32", "int8")
 TEACHER_DTYPES = ("auto", "float16", "bfloat16", "float32")
@@ -24,12 +27,12 @@ MOST_DRAWS = 255  # the draws of one id are stored in a byte
 COLDEST, HOTTEST = 1e-3, 1e6  # temperatures that train takes
 AUTO = "auto"
 NO_COLUMN = "none"
+OF_TEXT = ("text_column", "text_pair_column", "max_length", "tokens_per_batch", "budget", "attention_storage")
 DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".conll", ".bio")
 _WHOLE_NUMBERS = {
     "max_length": 1, "tokens_per_batch": 1, "shard_size": 1, "budget": 1, "top_k_logits": 0, "sampled_logits": 1,
-    "doc_stride": 0,
+    "doc_stride": 0, "ray_workers": 1, "batch_size": 1, "views": 1,
 }  # fmt: skip
-_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]i?)?b?", re.IGNORECASE)
 _NAMED = re.compile(r"(?P<split>\w[\w.-]*)=(?P<path>.+)", re.DOTALL)
 
 
@@ -54,7 +57,7 @@ class DumpConfig:
         "Hub id, folder, or file (csv, tsv, json, jsonl, parquet, arrow, conll; .gz too), or several as "
         "train=PATH,validation=PATH. A lone file is train."
     )
-    task: str = _needed("What the teacher does.", choices=tuple(TASKS))
+    task: str = _needed("What the teacher does.", choices=tuple(TASKS), refused=REFUSED)
     output_dir: str = _needed("Folder of the store; the same command again continues it.")
     dataset_name: str | None = _setting(None, "Configuration of a Hub dataset, as glue has sst2.")
     dataset_revision: str | None = _setting(None, "Commit, branch or tag of a Hub dataset.")
@@ -83,6 +86,17 @@ class DumpConfig:
     problem_type: str = _setting(
         AUTO, "Kind of head; auto asks the teacher's config, then the labels.", choices=PROBLEM_TYPES
     )
+    image_column: str = _setting(AUTO, "Column of the images; auto takes the only one there is.")
+    mask_column: str = _setting(
+        AUTO, "Column of masks of images; auto takes mask, annotation or label where it is one of images; none: none."
+    )
+    ignore_index: int = _setting(255, "Class of pixels in masks that have none.")
+    views: int = _setting(1, "Random views of each image of the split train; other splits have one plain view.")
+    view_transforms: list[str] = _list(
+        [], "What views are drawn of: crop, flip, mixup, cutmix. Default: crop,flip with --views above 1."
+    )
+    crop_scale: list[float] = _list([0.08, 1.0], "Least and largest share of an image that a crop takes.")
+    view_seed: int = _setting(0, "Seed of the views; the same seed gives the same views.")
     fields: list[str] = _list(
         ["logits"], f"Teacher outputs to keep, any of logits, {', '.join(INNER)}: all but logits and pooled by layer."
     )
@@ -149,6 +163,9 @@ class DumpConfig:
     tokens_per_batch: int | None = _setting(
         None, "Size of a teacher batch, padding included. Default: 4096 on a CPU, 32768 elsewhere.", unit="tokens"
     )
+    batch_size: int | None = _setting(
+        None, "Images in a teacher batch. Default: by their size; on a CPU 20 of 224 x 224 pixels.", unit="images"
+    )
     shard_size: int = _setting(256 * 10**6, "Size that shards are planned for.", unit="bytes")
     device: str = _setting(AUTO, "Where the teacher runs: auto, cpu, cuda, cuda:1, mps.")
     device_map: str | None = _setting(
@@ -162,6 +179,19 @@ class DumpConfig:
     trust_remote_code: bool = _setting(False, "Run Python code that comes with the teacher.")
     dry_run: bool = _setting(False, "Say size and time, measured on a few rows, and write nothing.")
     overwrite: bool = _setting(False, "Empty a store of other settings first.")
+    ray_workers: int | None = _setting(
+        None, "Dump by so many Ray tasks, a GPU each where the cluster has any; all nodes must see --output-dir.",
+        unit="workers",
+    )
+    lease: str = _setting(
+        AUTO,
+        "How workers that dump into one folder claim shards: lock, which ends with its process; heartbeat, for network "
+        "file systems; auto looks at what the folder is on.",
+        choices=LEASES,
+    )
+    lease_timeout: float = _setting(
+        LEASE_TIMEOUT, "Without a heartbeat for so long, a worker is taken for dead.", unit="seconds"
+    )
 
     def __post_init__(self) -> None:
         self.shard_size = parse_size(self.shard_size)
@@ -182,6 +212,8 @@ class DumpConfig:
         named_paths(self.dataset)
 
     def _check_choices(self) -> None:
+        if self.task in REFUSED:
+            raise ConfigError(f"--task: {REFUSED[self.task]}")
         allowed = {
             "task": tuple(TASKS), "dtype": self._dtypes(), "teacher_dtype": TEACHER_DTYPES,
             "problem_type": PROBLEM_TYPES, "label_order": LABEL_ORDERS, "positions": POSITIONS,
@@ -230,6 +262,9 @@ class DumpConfig:
         if self.sampled_logits is not None and self.sampled_logits > MOST_DRAWS:
             raise ConfigError(f"--sampled-logits is at most {MOST_DRAWS}; got {self.sampled_logits}")
 
+        if not (isinstance(self.lease_timeout, float | int) and self.lease_timeout >= 1):
+            raise ConfigError(f"--lease-timeout is at least 1 second; got {self.lease_timeout!r}")
+
     def _check_known(self) -> None:
         """Settings of some tasks are refused for the others."""
         known = {*TASKS[self.task].settings, *(["budget"] if self.keeps_inner else [])}
@@ -237,6 +272,18 @@ class DumpConfig:
         for one in fields(self):
             if one.name in foreign and self._given(one.name):
                 raise ConfigError(f"{_flag(one.name)} is nothing that {self.task} knows; leave it away")
+        if TASKS[self.task].of_images:
+            self._check_images()
+
+    def _check_images(self) -> None:
+        """Settings of text are refused; a batch is of so many images, which count as a token each."""
+        given = [name for name in OF_TEXT if self._given(name) and (name, self.tokens_per_batch) != (
+            "tokens_per_batch", self.batch_size)]  # fmt: skip
+        if given:
+            raise ConfigError(f"{_flag(given[0])} is about text, and {self.task} reads images; leave it away")
+        self.tokens_per_batch = self.batch_size
+        if len(self.crop_scale) != 2 or not all(isinstance(one, float | int) for one in self.crop_scale):
+            raise ConfigError(f"--crop-scale: two shares expected, as 0.08,1.0; got {self.crop_scale!r}")
 
     def _check_logits(self) -> None:
         """One way of keeping logits at a time."""
@@ -285,16 +332,6 @@ class DumpConfig:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def parse_size(size: int | str) -> int:
-    """Bytes in 1048576, "256MB", "20GB" (powers of 1000) or "4GiB" (powers of 1024). Raises ConfigError."""
-    found = _SIZE.fullmatch(str(size).strip())
-    if not found:
-        raise ConfigError(f"a size is written like 256MB, 20GB or 4GiB; got {size!r}")
-    unit = (found[2] or "").lower()
-    base = 1024 if unit.endswith("i") else 1000
-    return int(float(found[1]) * base ** " kmgt".index(unit[:1] or " "))
 
 
 def looks_like_path(name: str) -> bool:

@@ -10,13 +10,16 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ..store.errors import ConfigError, DataError
 from . import conll, squad
 from .config import DATA_SUFFIXES, DumpConfig, named_paths
 from .disk import out_of_space
+from .images import as_files, may_hold_images
 
 SLICE = 10_000  # rows read at a time
+IMAGES = 500
 _BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
 _CSV = {"keep_default_na": False, "na_values": [""]}  # the word "null" is text; only an empty cell is missing
 assert {*_BUILDERS, *conll.SUFFIXES} == set(DATA_SUFFIXES)
@@ -55,15 +58,16 @@ def load_rows(config: DumpConfig) -> SourceData:
 
 
 def read(rows: datasets.Dataset, columns: Sequence[str], at: slice | Sequence[int]) -> pa.Table:
-    """Some rows, of those columns that there are, straight from the memory map."""
+    """Some rows, of those columns that there are, straight from the memory map; images as files."""
     present = [name for name in columns if name in rows.column_names]
-    return rows.select_columns(present).with_format("arrow")[at]
+    return as_files(rows.select_columns(present).with_format("arrow")[at], rows.features)
 
 
 def slices(rows: datasets.Dataset, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
-    """(first row, table) of all rows, SLICE at a time."""
-    for start in range(0, len(rows), SLICE):
-        yield start, read(rows, columns, slice(start, start + SLICE))
+    """(first row, table) of all rows, SLICE at a time, or IMAGES where a column holds some."""
+    step = IMAGES if any(may_hold_images(rows.features.get(name)) for name in columns) else SLICE
+    for start in range(0, len(rows), step):
+        yield start, read(rows, columns, slice(start, start + step))
 
 
 def check_columns(source: SourceData, wanted: Sequence[str]) -> None:
@@ -114,6 +118,8 @@ def _from_file(path: Path) -> datasets.Dataset:
         options["sep"] = "\t"
     if not path.stat().st_size:
         raise DataError(f"{path.name} is empty")
+    if path.suffix == ".parquet" and not pq.read_metadata(path).num_rows:
+        raise DataError(f"{path.name} has no rows; at least one expected")
     return _built(datasets.load_dataset_builder(_BUILDERS[suffix], data_files=str(path), **options))["train"]
 
 

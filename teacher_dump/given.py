@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -24,15 +23,23 @@ from ..store.identity import digest, state_sha256
 from ..store.probe import evaluating, unwrapped
 from ..store.schema import ATTENTION_MASK, INPUT_IDS, TOKEN_TYPES
 from .config import AUTO, DumpConfig
+from .tasks import TASKS
 from .teacher import TRANSIENT, Teacher, one_line, quiet_transformers, resolve_device
 
-_SHAPES = {"AutoModelForSequenceClassification": "[B, C]"}  # of logits; of others each token has some
+_SHAPES = {  # of logits; of others each token has some
+    "AutoModelForSequenceClassification": "[B, C]", "AutoModelForImageClassification": "[B, C]",
+    "AutoModelForSemanticSegmentation": "[B, C, h, w]",
+}  # fmt: skip
 _OF_LOADING = ("teacher_dtype", "attention", "device_map", "compile")  # settings of a teacher that is loaded
 _PROBED = "a few words to see what a teacher makes of them"
 
 
 def teacher_of(config: DumpConfig, model_class: str, model: nn.Module | None) -> Teacher:
-    """The teacher that is given, else the one that `config` names."""
+    """The teacher that is given, else the one that `config` names; of images, where the task is one of them."""
+    if TASKS[config.task].of_images:
+        from .image_teacher import GivenImageTeacher, ImageTeacher
+
+        return ImageTeacher(config, model_class) if model is None else GivenImageTeacher(config, model_class, model)
     return Teacher(config, model_class) if model is None else GivenTeacher(config, model_class, model)
 
 
@@ -69,13 +76,14 @@ class GivenTeacher(Teacher):
     """
 
     no_grad = torch.no_grad  # what a module keeps of an inference_mode, it could not train with afterwards
+    needs: tuple[str, ...] = (INPUT_IDS, ATTENTION_MASK)  # arguments of its forward
 
     def __init__(self, config: DumpConfig, model_class: str, model: nn.Module):
         self._place(config)
         self._skeleton = unwrapped(model)
         self._implementation = config.attention
         with quiet_transformers(), one_line(config.teacher):
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.where, **self._given())
+            self._load_reader()
         self.device = _device_of(self._skeleton) if config.device == AUTO else resolve_device(config.device)
         if config.device != AUTO:
             self._skeleton.to(self.device)
@@ -120,31 +128,41 @@ class GivenTeacher(Teacher):
     def _check_inputs(self) -> None:
         taken = inspect.signature(self._skeleton.forward).parameters
         takes_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values())
-        lacking = [name for name in (INPUT_IDS, ATTENTION_MASK) if name not in taken and not takes_any]
+        lacking = [name for name in self.needs if name not in taken and not takes_any]
         if lacking:
             raise ConfigError(
-                f"a model whose forward takes {INPUT_IDS} and {ATTENTION_MASK} by name expected; {self._class}.forward "
+                f"a model whose forward takes {' and '.join(self.needs)} by name expected; {self._class}.forward "
                 f"takes {', '.join(taken) or 'nothing'}: wrap it in a module that takes {lacking[0]}"
             )
 
     def _probe(self, shape: str) -> Tensor:
         """Logits of two equal rows. Raises ConfigError where there are none, or none of this shape."""
-        ids = self.tokenizer(_PROBED)[INPUT_IDS] or [0]
-        text = torch.tensor([ids, ids], device=self.device)
-        inputs = {INPUT_IDS: text, ATTENTION_MASK: torch.ones_like(text)}
-        if TOKEN_TYPES in self.inputs:
-            inputs[TOKEN_TYPES] = torch.zeros_like(text)
+        inputs = self._probe_inputs()
+        first = next(iter(inputs.values()))
         try:
             with torch.no_grad():
                 logits = logits_of(self._skeleton(**inputs))
         except Exception as error:  # whatever a module raises
-            raise ConfigError(f"{self._class} with {', '.join(inputs)} [2, {len(ids)}]: {error}") from error
-        if tuple(logits.shape[:-1]) != (2, len(ids))[: shape.count(",")]:
+            raise ConfigError(f"{self._class} with {', '.join(inputs)} {list(first.shape)}: {error}") from error
+        if not self._suits(tuple(logits.shape), tuple(first.shape), shape):
             raise ConfigError(
-                f"{self._class}: logits {shape} expected, here of {len(text)} rows of {len(ids)} tokens; they have "
+                f"{self._class}: logits {shape} expected, here of {self._said(first)}; they have "
                 f"shape {list(logits.shape)}: give a model that suits --task"
             )
         return logits
+
+    def _probe_inputs(self) -> dict[str, Tensor]:
+        """Two equal rows."""
+        ids = self.tokenizer(_PROBED)[INPUT_IDS] or [0]
+        text = torch.tensor([ids, ids], device=self.device)
+        inputs = {INPUT_IDS: text, ATTENTION_MASK: torch.ones_like(text)}
+        return {**inputs, TOKEN_TYPES: torch.zeros_like(text)} if TOKEN_TYPES in self.inputs else inputs
+
+    def _suits(self, logits: tuple[int, ...], inputs: tuple[int, ...], shape: str) -> bool:
+        return logits[:-1] == inputs[: shape.count(",")]
+
+    def _said(self, first: Tensor) -> str:
+        return f"{first.shape[0]} rows of {first.shape[1]} tokens"
 
     def _beside_tokenizer(self) -> PretrainedConfig:
         """Classes by the config.json that is where the tokenizer is, if there is one."""

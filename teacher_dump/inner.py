@@ -8,6 +8,8 @@ B rows, S tokens, D width, H heads, K key heads, d head size, N blocks.
     teacher_queries_NN          (S, H, d)   after rotary embedding, as keys; keys and values (S, K, d)
     teacher_pooled              (D,)        the pooler's output
     teacher_module_NAME                     what a module gives, dots written as underscores
+
+Of images S is a number, and a convolutional network's hidden states are (C, h, w).
 """
 
 from __future__ import annotations
@@ -88,7 +90,7 @@ class Inner:
 
 
 def make_inner(config: DumpConfig, way: Way, sites: Sites, shapes: Mapping[Place, tuple[int | str, ...]]) -> Inner:
-    """The columns that `config` asks for, stored in this way.
+    """The columns that `config` asks for, stored in this way. Of images all have one shape, whole.
 
     shapes: of a row of every pooled output and module. Raises ConfigError for layers that the teacher does not have,
     and for two modules of one column name.
@@ -100,9 +102,10 @@ def make_inner(config: DumpConfig, way: Way, sites: Sites, shapes: Mapping[Place
         numbers = columns_of(kind, layers) if kind in LAYERED else ()
         if kind in LAYERED and not numbers:
             raise ConfigError(f"--layers {config.layers} keeps nothing of {kind}, which begin at layer 1; add one")
-        specs += [_layer_spec(kind, number, way, sites) for number in numbers]
+        make = _image_spec if TASKS[config.task].of_images else _layer_spec
+        specs += [make(kind, number, way, sites) for number in numbers]
         if kind == "pooled":
-            specs.append(_spec(POOLED, shapes["pooled", 0], way.dtype, {}))
+            specs.append(_spec(POOLED, _flat(shapes["pooled", 0]), way.dtype, {}))
     specs += [
         _spec(module_column(name), shapes["module", name], way.dtype, {"module": name}) for name in config.capture
     ]
@@ -180,6 +183,11 @@ def find_sites(config: DumpConfig, storage: str, model: torch.nn.Module, inputs:
     return sites
 
 
+def _flat(shape: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """(D,) of a convolutional network's (D, 1, 1)."""
+    return shape[:1] if set(shape[1:]) == {1} else shape
+
+
 def _why_not(name: str, model: torch.nn.Module, names: Sequence[str]) -> str:
     near = ", ".join(difflib.get_close_matches(name, names, 3, 0.0)) or "none"
     kind = type(model).__name__
@@ -204,6 +212,13 @@ def _layer_spec(kind: str, number: int, way: Way, sites: Sites) -> FieldSpec:
         shape = ("S", *sites.shapes[kind, number])
     if kind in (*SQUARE, "queries") and number in sites.attention:
         said["attention"] = sites.attention[number].to_json()
+    return _spec(layer_column(kind, number), shape, way.dtype, said)
+
+
+def _image_spec(kind: str, number: int, way: Way, sites: Sites) -> FieldSpec:
+    """A hidden state of images: (T, D) of T patches and special tokens, or (C, h, w). width: D or C of the last."""
+    last, shape = sites.whole[sites.depth], sites.whole[number]
+    said = {"layers": sites.depth, "width": last[0] if len(last) == 3 else last[-1]}
     return _spec(layer_column(kind, number), shape, way.dtype, said)
 
 

@@ -25,6 +25,7 @@ from .inner import Inner, Place, Way, find_sites, make_inner, place_of
 from .inner_fidelity import Cost, host
 from .inner_task import recorded
 from .layers import EXACT, HEAD_MEAN, INNER, LAYERED, QUERIES_KEYS, SQUARE, attention_source
+from .tasks import TASKS
 
 _ROWS, _TOKENS = 8, 256  # pilot rows that are looked at, each alone, and how much of each
 _CHECKED = 4  # rows of the batch that attentions are made again of
@@ -40,6 +41,7 @@ class InnerPilot:
         self.config, self.pilot = config, pilot
         self._capture, self._model, self._samples = capture, capture.model, pilot.samples
         self._rows = planning.shuffled(pilot.samples)[:_ROWS]
+        self._of_images = TASKS[config.task].of_images  # whose inputs are of one size, and are not cut
         self.square = tuple(kind for kind in SQUARE if kind in config.fields)
         self._sites = self._find()
         self._shapes = self._look_at_shapes()
@@ -131,8 +133,9 @@ class InnerPilot:
         if places:
             whole = self._inputs([longest, longest])
             width = next(iter(whole.values())).shape[1]
-            for size in dict.fromkeys((width, max(width // 2, 1))):
-                found = self._run({name: value[:, :size] for name, value in whole.items()}, places)
+            for size in dict.fromkeys((width, max(width // 2, 1))) if not self._of_images else (0,):
+                cut = whole if self._of_images else {name: value[:, :size] for name, value in whole.items()}
+                found = self._run(cut, places)
                 seen.append((size, {place: tuple(value.shape) for place, value in found.items()}))
         return {place: _row_shape(place, [(size, shapes[place]) for size, shapes in seen]) for place in places}
 
@@ -149,6 +152,8 @@ class InnerPilot:
 
     def _inputs(self, rows: Any) -> dict[str, Tensor]:
         inputs = self._capture.inputs(self._samples, np.asarray(rows, np.int64))
+        if self._of_images:
+            return {name: value.to(self._capture.dtype) for name, value in inputs.items()}
         return {name: value[:, :_TOKENS] for name, value in inputs.items()}
 
     def _run(self, inputs: Mapping[str, Tensor], places: set[Place], sites: Sites | None = None) -> dict[Place, Tensor]:

@@ -39,8 +39,8 @@ class InnerTask:
     def check(self, split: str, start: int, rows: pa.Table) -> None:
         self._task.check(split, start, rows)
 
-    def prepare(self, split: str, source_index: np.ndarray, rows: pa.Table) -> Samples:
-        return self._task.prepare(split, source_index, rows)
+    def prepare(self, split: str, source_index: np.ndarray, rows: pa.Table, **of_view: int) -> Samples:
+        return self._task.prepare(split, source_index, rows, **of_view)
 
     def collate(self, samples: Samples, rows: np.ndarray) -> dict[str, np.ndarray]:
         return self._task.collate(samples, rows)
@@ -98,6 +98,8 @@ def _column(spec: FieldSpec, parts: list[dict[Place, Tensor]], rows: int, sizes:
     values = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     if spec.parameters.get("mean_over_heads"):
         values = values.mean(dim=1, keepdim=True)
+    if place[0] == "pooled":
+        values = values.flatten(1)  # [B, D, 1, 1] of convolutional networks
     expected = (rows, *(sizes[size] if isinstance(size, str) else size for size in spec.shape))
     if tuple(values.shape) != expected:
         raise ConfigError(f"{spec.name}: values of shape {list(expected)} expected; got {list(values.shape)}")

@@ -28,6 +28,9 @@ PILOT_SECONDS = 1.0  # of the teacher's time
 # With a MiniLM, 1024 to 4096 are within 15 % of each other on one core, 16384 is 35 to 50 % slower; two cores like 4096
 TOKENS_PER_BATCH = {"cpu": 4096}
 TOKENS_ON_DEVICES = 32768
+PIXELS_PER_BATCH = {"cpu": 2**20}  # 20 images of 224 x 224
+PIXELS_ON_DEVICES = 2**23
+MOST_IMAGES = 512
 INNER_BYTES = {"cpu": 2**28}  # float32 of one batch, of which some wait to be written
 INNER_BYTES_ON_DEVICES = 2**31
 SHARD_WORK = {"cpu": 2e13}  # floating-point operations: some ten minutes, which is what a kill can lose
@@ -39,7 +42,8 @@ class Pilot:
     """What a few source rows tell of all. samples: those of the largest split, as they are stored.
 
     tokens, bytes, carried bytes and stored rows: of one source row, on average. lengths: of one stored row; "SS" is the
-    mean of S².
+    mean of S². views: by split, how often all of this is stored; first: bytes that only the first view has; each: views
+    of a source row, on average.
     """
 
     split: str
@@ -49,6 +53,14 @@ class Pilot:
     carried: float
     stored: float = 1.0
     lengths: Mapping[str, float] = field(default_factory=dict)
+    views: Mapping[str, int] = field(default_factory=dict)
+    first: float = 0.0
+    each: float = 1.0
+
+    @property
+    def mean_bytes(self) -> float:
+        """Of a source row in one view, on average over the views."""
+        return self.bytes - self.first * (1 - 1 / self.each)
 
 
 def tokens_per_batch(config: DumpConfig, teacher: Teacher, inner: Sequence[FieldSpec], pilot: Pilot) -> int:
@@ -56,6 +68,9 @@ def tokens_per_batch(config: DumpConfig, teacher: Teacher, inner: Sequence[Field
     inside the teacher, where rows are as long as the pilot's longest."""
     kind = teacher.device.type
     usual = TOKENS_PER_BATCH.get(kind, TOKENS_ON_DEVICES)
+    if (processing := getattr(teacher, "processing", None)) is not None:  # images, which count as one token each
+        most = PIXELS_PER_BATCH.get(kind, PIXELS_ON_DEVICES)
+        usual = min(max(most // math.prod(processing.output), 1), MOST_IMAGES)
     longest = int(pilot.samples.lengths["S"].max())
     entries = [entries_per_row(spec.shape, {"S": longest}) * entry_width(spec.shape) for spec in inner]
     most = INNER_BYTES.get(kind, INNER_BYTES_ON_DEVICES) // max(4 * sum(entries), 1)  # rows
@@ -75,9 +90,12 @@ def look(source: SourceData, task: Task, carried_bytes: float) -> Pilot:
     lengths = {name: total / stored for name, total in totals.items()}
     lengths["SS"] = sum(int((one.lengths["S"] ** 2).sum()) for one in made.values()) / stored
     each = stored / looked
+    views = dict(getattr(task, "views", {}))
+    mean = sum(views.get(split, 1) * len(rows) for split, rows in source.splits.items()) / source.rows
     own = sum(one.nbytes for samples in made.values() for one in samples.values.values() if isinstance(one, pa.Array))
     carried = carried_bytes * each + own / looked
-    return Pilot(largest, made[largest], totals["S"] / looked, 0.0, carried, each, lengths)
+    return Pilot(largest, made[largest], totals["S"] / looked, 0.0, carried, each, lengths, views,
+                 own / looked if views else 0.0, mean)  # fmt: skip
 
 
 def sized(pilot: Pilot, fields: list[FieldSpec], entries: float = 0.0) -> Pilot:
@@ -87,20 +105,26 @@ def sized(pilot: Pilot, fields: list[FieldSpec], entries: float = 0.0) -> Pilot:
 
 
 def plan_shards(source: SourceData, pilot: Pilot, shard_size: int, teacher: Teacher) -> list[ShardPlan]:
-    """Contiguous ranges of rows, near-equal within a split, of at most `shard_size` bytes and some minutes' work."""
+    """Contiguous ranges of rows, near-equal within a split, of at most `shard_size` bytes and some minutes' work; the
+    same for every view of a split, the first view before the others."""
     work = SHARD_WORK.get(teacher.device.type, SHARD_WORK_ON_DEVICES)
     limit = max(1, int(min(shard_size / pilot.bytes, work / (2 * teacher.parameters * pilot.tokens))))
     shards = []
     for split, rows in source.splits.items():
         count = math.ceil(len(rows) / limit)
         bounds = [len(rows) * at // count for at in range(count + 1)]
-        shards += [ShardPlan(split, at, bounds[at], bounds[at + 1]) for at in range(count)]
+        shards += [
+            ShardPlan(split, view * count + at, bounds[at], bounds[at + 1], view)
+            for view in range(pilot.views.get(split, 1))
+            for at in range(count)
+        ]
     return shards
 
 
 def room(pilot: Pilot, left: int, rows: int) -> int:
-    """Bytes that `left` source rows still to be dumped and an index of all `rows` take."""
-    return round(left * pilot.bytes + rows * (INDEX_BYTES * pilot.stored + pilot.carried))
+    """Bytes that `left` source rows still to be dumped, one for each view, and an index of all `rows` take."""
+    index = INDEX_BYTES * pilot.stored + pilot.carried - pilot.first
+    return round(left * pilot.mean_bytes + rows * pilot.each * index)
 
 
 def time_teacher(capture: Capture, pilot: Pilot, per_batch: int, rows: int) -> tuple[float, str | None]:
@@ -139,10 +163,11 @@ def _agreement(samples: Samples, logits: list[tuple[np.ndarray, np.ndarray]]) ->
 def figures(pilot: Pilot, rows: int, shards: int, seconds_per_token: float, folder: Path) -> dict[str, Any]:
     """What `predistill plan --json` says of `rows` source rows: bytes of the shards, stored rows, seconds of the
     teacher."""
+    rows = round(rows * pilot.each)
     samples = round(rows * pilot.stored)
     return {
-        "bytes": round(pilot.bytes * rows),
-        "bytes_per_sample": round(pilot.bytes / pilot.stored, 2),
+        "bytes": round(pilot.mean_bytes * rows),
+        "bytes_per_sample": round(pilot.mean_bytes / pilot.stored, 2),
         "shards": shards,
         "samples": samples,
         "tokens": round(pilot.tokens * rows),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import inspect
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ TRANSIENT = ("_name_or_path", "_commit_hash", "transformers_version", "_attn_imp
 _UNLIMITED = 10**6  # tokenizers that know no limit say 10**30
 _DEFAULT_LENGTH = 512  # tokens, where neither tokenizer nor model has a limit
 _POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")
-_VERSIONS = ("torch", "transformers", "tokenizers", "pyarrow")
 
 
 class Teacher:
@@ -31,6 +31,7 @@ class Teacher:
     """
 
     no_grad: Any = torch.inference_mode  # what it runs in
+    packages: tuple[str, ...] = ("torch", "transformers", "tokenizers", "pyarrow")  # whose versions the store names
 
     def __init__(self, config: DumpConfig, model_class: str):
         self._place(config)
@@ -41,7 +42,7 @@ class Teacher:
         self._attention = {} if config.attention == AUTO else {"attn_implementation": config.attention}
         with quiet_transformers(), one_line(config.teacher):
             self.config = transformers.AutoConfig.from_pretrained(self.where, **self._given())
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.where, **self._given())
+            self._load_reader()
             self._skeleton = self._make_skeleton()
         self.pad_id = self._pad_id()
         check_dtype(self.dtype, self.device)
@@ -108,11 +109,11 @@ class Teacher:
         return int(min(limits, default=_DEFAULT_LENGTH))
 
     def identity(self) -> dict[str, Any]:
-        """What the store says of the teacher, the tokenizer, and what else decides its outputs."""
+        """What the store says of the teacher, of what reads its inputs, and what else decides its outputs."""
         return {
             "teacher": self._who(),
-            "tokenizer": {"name": self._name, "sha256": tokenizer_sha256(self.tokenizer)},
-            "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
+            **self._reader(),
+            "versions": {name: importlib.metadata.version(name) for name in self.packages},
         }
 
     def _who(self) -> dict[str, Any]:
@@ -126,6 +127,10 @@ class Teacher:
             **({"compiled": True} if self._compile else {}),
         }  # fmt: skip
 
+    def save_reader(self, folder: Path) -> dict[str, Path]:
+        """What reads its inputs, saved in `folder`, by the name of the store's folder."""
+        return {"tokenizer": self.save_tokenizer(folder / "tokenizer")}
+
     def save_tokenizer(self, folder: Path) -> Path:
         """The tokenizer as it came, without the truncation of its last call."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
@@ -134,6 +139,13 @@ class Teacher:
             backend.no_padding()
         self.tokenizer.save_pretrained(folder)
         return folder
+
+    def _load_reader(self) -> None:
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.where, **self._given())
+
+    def _reader(self) -> dict[str, Any]:
+        """Its part of the identity."""
+        return {"tokenizer": {"name": self._name, "sha256": tokenizer_sha256(self.tokenizer)}}
 
     def _place(self, config: DumpConfig) -> None:
         """Where the folder is, or at the Hub."""
@@ -172,9 +184,11 @@ class Teacher:
 
 
 def resolve_device(asked: str) -> torch.device:
-    """Raises ConfigError for a device that is not here."""
+    """Under torchrun, auto gives each rank its own. Raises ConfigError for a device that is not here."""
     if asked == AUTO:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        rank = os.environ.get("LOCAL_RANK")
+        own = "cuda" if rank is None else f"cuda:{int(rank) % max(torch.cuda.device_count(), 1)}"
+        return torch.device(own if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(asked)
         torch.empty(0, device=device)

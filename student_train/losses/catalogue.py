@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from .options import Flag, Number, Option, Whole, Word
+from .options import Flag, Number, Option, Text, Whole, Word
 
 SINGLE_LABEL = "single_label_classification"
 MULTI_LABEL = "multi_label_classification"
@@ -74,6 +74,11 @@ _PAIRS = re.compile(r"[qkv]{2}(\+[qkv]{2})*").fullmatch
 _LAST: dict[str, Option] = {**_OVER, "layers": replace(_LAYERS, default="last")}
 _VECTORS: dict[str, Option] = {**_LAST, "feature": Word("mean", ("mean", "first", "pooled"))}
 
+_MODULE_PAIRS = re.compile(r"[^:+,\s]+:[^:+,\s]+(\+[^:+,\s]+:[^:+,\s]+)*").fullmatch
+_MODULES: dict[str, Option] = {
+    "modules": Text("", _MODULE_PAIRS, "names of modules, student:teacher, as stage2:layer3 or a:b+c:d")
+}
+
 # h hidden states, A attention probabilities, a scores before softmax; see hidden.py, attention.py, relations.py
 INNER_LOSSES: dict[str, dict[str, LossSpec]] = {
     "hidden_states": {
@@ -111,6 +116,17 @@ INNER_LOSSES: dict[str, dict[str, LossSpec]] = {
         "nst": LossSpec("maximum mean discrepancy between the units' maps over tokens", options=_OVER),
         "fsp": LossSpec("mean (G_student - G_teacher)^2, G = h_i^T h_j / S of two layers", options=_HIDDEN),
         "mmd": LossSpec("mean (h_i h_j^T / D)^2 differences of two layers", options=_HIDDEN, unit="pair"),
+    },
+    "feature_maps": {
+        "mse": LossSpec(
+            "mean (f_student - f_teacher)^2 of modules' outputs", options={**_MODULES, **_PROJECTED}, unit="token"
+        ),
+        "cosine": LossSpec("1 - cos(f_student, f_teacher)", options={**_MODULES, **_PROJECTED}, unit="token"),
+        "attention_transfer": LossSpec("unit maps of mean |f|^2 over channels", options=_MODULES),
+        "nst": LossSpec("maximum mean discrepancy between the channels' maps", options=_MODULES),
+        "rkd": LossSpec("25 distance + 50 angle, of means over positions", options=_MODULES),
+        "similarity": LossSpec("rows of the Gram matrix of a batch's means over positions", options=_MODULES),
+        "pkt": LossSpec("KL of cosine similarities of means over positions", options=_MODULES),
     },
 }
 INNER = tuple(INNER_LOSSES)

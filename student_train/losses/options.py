@@ -102,6 +102,23 @@ class Word:
         return value
 
 
+@dataclass(frozen=True)
+class Text:
+    """A text that is read where it is used; `valid` decides which may be, and `hint` says what they are."""
+
+    default: str
+    valid: Callable[[str], Any]
+    hint: str
+
+    def read(self, name: str, text: str | None) -> Any:
+        return text or ""
+
+    def check(self, name: str, value: Any) -> str:
+        if not isinstance(value, str) or not (value == self.default or self.valid(value)):
+            raise ConfigError(f"{name} must be {self.hint}, not {value!r}")
+        return value
+
+
 def complete(loss: str, options: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str, Any]:
     """The given options checked, the others at their defaults. Raises ConfigError."""
     for name in given:

@@ -38,6 +38,8 @@ TASKS = {
     ),
     "token-classification": Entry("token_classification", "TokenClassification"),
     "causal-lm": Entry("causal_lm", "CausalLM"),
+    "image-classification": Entry("image_classification", "ImageClassification", ("pixel_check",)),
+    "semantic-segmentation": Entry("semantic_segmentation", "SemanticSegmentation", ("pixel_check",)),
 }
 
 
@@ -47,6 +49,7 @@ class Task(Protocol):
     model_class: str  # transformers' Auto class that loads students
     temperature: float  # of the teacher's part where none is asked for
     columns: Sequence[str]  # of the store, that must agree where several stores are read one after another
+    averaged: Mapping[str, str]  # columns that an ensemble averages, and the labels of each ("": none)
     settings: dict[str, Any]  # what a student's config must say
     compute_metrics: Callable[[Any], dict[str, float]] | None  # of logits, as a Trainer takes it
     pipeline: str  # transformers' name of the task, for the card

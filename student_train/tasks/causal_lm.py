@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...store.errors import ConfigError, StoreMismatch
-from ...store.schema import INPUT_IDS, LOGSUMEXP, POSITION_IDS
+from ...store.schema import INPUT_IDS, LOGITS, LOGSUMEXP, POSITION_IDS
 from ..language import LanguageObjective
 from ..losses.terms import Term
 from ..objective import Objective, logits_of
@@ -31,6 +31,7 @@ class CausalLM:
 
     def __init__(self, store: Any) -> None:
         self.store = store
+        self.averaged = {LOGITS: ""} if LOGITS in store.fields else {}
         said = [name for name, spec in store.fields.items() if spec.role == "teacher"]
         self.columns = [name for name in said if not name.startswith(f"{LOGSUMEXP}_at_")]  # missed only where wanted
 

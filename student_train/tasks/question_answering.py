@@ -39,6 +39,7 @@ class QuestionAnswering:
     model_class = "AutoModelForQuestionAnswering"
     temperature = DEFAULT_TEMPERATURE
     columns = _ENDS
+    averaged = dict(zip(_ENDS, _POSITIONS, strict=True))
     settings: dict[str, Any] = {}
     compute_metrics = None
     pipeline = "question-answering"

@@ -26,6 +26,7 @@ class TextClassification:
     model_class = "AutoModelForSequenceClassification"
     temperature = DEFAULT_TEMPERATURE
     columns = (LOGITS,)
+    averaged: Mapping[str, str] = {LOGITS: LABELS}
     pipeline = "text-classification"
     usage = ('classify = pipeline("text-classification", model="path/to/this/folder")', 'classify("…")')
 

@@ -32,6 +32,7 @@ class TokenClassification:
     model_class = "AutoModelForTokenClassification"
     temperature = DEFAULT_TEMPERATURE
     columns = (LOGITS,)
+    averaged = {LOGITS: LABELS}
     pipeline = "token-classification"
     usage = (
         'tag = pipeline("token-classification", model="path/to/this/folder", aggregation_strategy="first")',

@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 
 class Entry(NamedTuple):
     """Where a task lives, the teacher outputs it can keep, its usual column of text, and settings that it knows and not
-    every task does."""
+    every task does. of_images: its rows are images, and it knows no settings of text."""
 
     module: str
     name: str
     fields: tuple[str, ...]
     text_column: str | None = None
     settings: tuple[str, ...] = ()
+    of_images: bool = False
 
 
 LANGUAGE_MODEL_SETTINGS = (
@@ -36,6 +37,8 @@ LANGUAGE_MODEL_SETTINGS = (
 FIELDS = ("logits", *INNER)
 LABEL_SETTINGS = ("label_column", "label_names", "label_order", "problem_type")
 TAG_SETTINGS = ("label_column", "label_names", "label_order")
+IMAGE_FIELDS = ("logits", "hidden_states", "pooled")
+IMAGE_SETTINGS = ("image_column", "views", "view_transforms", "crop_scale", "view_seed", "batch_size")
 TASKS = {
     "text-classification": Entry("text_classification", "TextClassification", FIELDS, "text", LABEL_SETTINGS),
     "token-classification": Entry("token_classification", "TokenClassification", FIELDS, "tokens", TAG_SETTINGS),
@@ -43,6 +46,19 @@ TASKS = {
         "question_answering", "QuestionAnswering", FIELDS, "question", ("label_column", "doc_stride")
     ),
     "causal-lm": Entry("causal_lm", "CausalLM", FIELDS, settings=LANGUAGE_MODEL_SETTINGS),
+    "image-classification": Entry(
+        "image_classification", "ImageClassification", IMAGE_FIELDS, settings=(*LABEL_SETTINGS, *IMAGE_SETTINGS),
+        of_images=True,
+    ),
+    "semantic-segmentation": Entry(
+        "semantic_segmentation", "SemanticSegmentation", IMAGE_FIELDS,
+        settings=("label_names", "mask_column", "ignore_index", *IMAGE_SETTINGS), of_images=True,
+    ),
+}  # fmt: skip
+REFUSED = {
+    "object-detection": "object-detection is not supported: detectors match their queries to boxes anew for each "
+    "image, so that a student needs the matching as well as the logits; see image-classification and "
+    "semantic-segmentation",
 }
 
 
@@ -116,8 +132,11 @@ class Task(Protocol):
     def check(self, split: str, start: int, rows: pa.Table) -> None:
         """Look at every row once, before the teacher runs. Raises DataError naming the row."""
 
-    def prepare(self, split: str, source_index: np.ndarray, rows: pa.Table) -> Samples:
-        """Tokenise source rows; source_index int64 [len(rows)] says which they are."""
+    def prepare(self, split: str, source_index: np.ndarray, rows: pa.Table, **of_view: int) -> Samples:
+        """Tokenise source rows; source_index int64 [len(rows)] says which they are.
+
+        A task that has `views`, by split how many rows each source row becomes, is given a `view` other than 0 too.
+        """
 
     def collate(self, samples: Samples, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Model inputs of a batch, right-padded: {"input_ids": int64 [B, Smax], "attention_mask": ..., ...}."""

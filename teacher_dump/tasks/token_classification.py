@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from ...store import ConfigError, DataError, FieldSpec, content_hash
 from ...store.head import logits_of
 from ...store.schema import INPUT_IDS, LABELS, LOGITS, MISSING_LABEL, NO_WORD, TOKEN_TYPES, TOKENS, WORD_IDS
+from ..classes import single_summaries
 from ..config import AUTO, NO_COLUMN, DumpConfig
 from ..data import SourceData, check_columns
 from ..label_names import agree, teacher_names
@@ -24,7 +25,6 @@ from ..labels import SINGLE, Labels, class_names
 from ..teacher import Teacher
 from ..texts import check_rows, chunks, flat, within
 from . import Samples
-from .text_classification import single_summaries
 
 TAG_COLUMNS = ("ner_tags", "pos_tags", "chunk_tags", "tags", "labels")  # of which the first one there is taken
 WORDS = pa.list_(pa.string())
