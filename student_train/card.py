@@ -56,7 +56,8 @@ Stage *{{ name }}*, {% if arguments.max_steps > 0 %}{{ arguments.max_steps }} st
 - student: `{{ student }}`
 - rows: {{ rows }}{% if where %} (`{{ where }}`){% endif %}
 {% for store in stores %}- store: `{{ store.fingerprint[:12] }}`, split `{{ store.split }}`
-{% endfor %}- versions: {{ versions }}
+{% endfor %}{% if ensemble %}- ensemble: {{ ensemble }}
+{% endif %}- versions: {{ versions }}
 
 `predistill.json` has every setting.
 """
@@ -71,9 +72,9 @@ def provenance(config: Any, stores: Sequence[Any], student: Any, jobs: Sequence[
     several = {"stages": [{"name": job.stage.name, **_of(job)} for job in jobs]} if len(jobs) > 1 else {}
     return {
         "stores": [
-            {"name": str(store.path), "fingerprint": store.fingerprint, "sha256": store.manifest.get("sha256"),
-             "task": store.task, "split": config.train_split, "teacher": store.identity.get("teacher"),
-             "tokenizer": store.identity.get("tokenizer")}
+            {"name": store.url or str(store.path), "fingerprint": store.fingerprint,
+             "sha256": store.manifest.get("sha256"), "task": store.task, "split": config.train_split,
+             "teacher": store.identity.get("teacher"), "tokenizer": store.identity.get("tokenizer")}
             for store in stores
         ],
         "student": {"source": student.source, "retokenized": student.retokenize},
@@ -125,7 +126,7 @@ def model_card(
         rows=f"{made['rows']:,}", where=made["settings"]["where"],
         parameters=f"{metrics['student_parameters']:,}", student=_public(made["student"]["source"]),
         teacher=", ".join(f"`{_public(name)}`" for name in teachers if name) or "a teacher",
-        usage=usage or task.usage, notes=notes,
+        usage=usage or task.usage, notes=notes, ensemble=_ensemble(made),
         versions=", ".join(f"{name} {number}" for name, number in made["versions"].items()),
     )  # fmt: skip
 
@@ -133,6 +134,17 @@ def model_card(
 def _public(name: str) -> str:
     """A Hub id as it is, of a folder its name alone: a card is read elsewhere."""
     return Path(name).name if Path(name).exists() or Path(name).is_absolute() else name
+
+
+def _ensemble(made: Mapping[str, Any]) -> str:
+    """What is said of teachers that were averaged; empty for others."""
+    told = made.get("ensemble")
+    if not told:
+        return ""
+    weights = told["weights"]
+    if isinstance(weights, Mapping):
+        weights = ", ".join(f"`{_public(path)}` {weight:.3f}" for path, weight in weights.items())
+    return f"{told['average']} averaged, weights ({told['chosen']}): {weights}"
 
 
 def _term_cells(term: Mapping[str, Any]) -> list[str]:

@@ -32,6 +32,7 @@ class LanguageObjective(Objective):
     """
 
     keeps_logits = False
+    judges_answers = False
 
     def __init__(self, terms: Sequence[Term], columns: Columns) -> None:
         super().__init__(terms)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..store.errors import ConfigError
+from .ensemble_settings import EnsembleSettings
 from .losses.presets import PRESETS, Stage
 from .losses.terms import Term, mapped, mixture, parse_losses
 
@@ -18,6 +19,7 @@ DEFAULT_LOSS = "kl"
 DEFAULT_TEMPERATURE = 2.0
 DEFAULT_ALPHA = 0.7
 SHUFFLES = ("auto", "global", "window")
+PIXEL_CHECKS = ("warn", "refuse", "off")
 FROM_TEACHER_LAYERS = "from-teacher-layers:"
 BILSTM_CNN = "bilstm-cnn"
 ONLY_STAGE = "distillation"
@@ -77,6 +79,10 @@ class DistillationSettings:
         "Where some questions have no answer: how much higher than the best answer's the score of none must be for "
         "none to be given.",
     )
+    pixel_check: str = _setting(
+        "warn", "Where rebuilt images are not what the teacher saw, bit for bit: say so, or refuse to train.",
+        choices=PIXEL_CHECKS,
+    )  # fmt: skip
     shuffle: str = _setting(
         "auto", "Shuffle all rows (global), or within windows that are read together; auto: what memory holds.",
         choices=SHUFFLES,
@@ -99,6 +105,8 @@ class DistillationSettings:
         _within("shuffle_window", self.shuffle_window, 1, 2**62)
         _within("max_answer_length", self.max_answer_length, 1, 2**31)
         _within("no_answer_threshold", self.no_answer_threshold, -1e6, 1e6)
+        if self.pixel_check not in PIXEL_CHECKS:
+            raise ConfigError(f"--pixel-check is one of {', '.join(PIXEL_CHECKS)}; got {self.pixel_check!r}")
         if self.shuffle not in SHUFFLES:
             raise ConfigError(f"--shuffle is one of {', '.join(SHUFFLES)}; got {self.shuffle!r}")
         self.recipe()
@@ -194,7 +202,7 @@ def _within(name: str, value: float | None, low: float, high: float) -> None:
 
 
 @dataclass
-class TrainConfig(DistillationSettings):
+class TrainConfig(EnsembleSettings, DistillationSettings):
     """One run of `predistill train`; fields of transformers.TrainingArguments go into `training_arguments`."""
 
     stores: list[str] = field(
@@ -252,6 +260,7 @@ class TrainConfig(DistillationSettings):
             raise ConfigError(f"one of --student and --student-config is expected; got {given}")
         if "output_dir" in self.training_arguments:
             raise ConfigError("output_dir is a setting of its own, not one of training_arguments")
+        self.check_ensemble(len(self.stores))
 
     def recipe(self, temperature: float = DEFAULT_TEMPERATURE) -> tuple[Stage, ...]:
         if not self.stages:

@@ -1,14 +1,15 @@
-"""Stores that are read one after another as one, the split to evaluate on, and the rows of a split."""
+"""Stores of a run: an ensemble, or read one after another as one; the split to evaluate on; the rows of a split."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..store.errors import ConfigError, StoreMismatch
 from ..store.identity import canonical, short
 from ..store.reader import TeacherStore
-from .dataset import ConcatRows
+from .dataset import ConcatRows, readable
+from .ensemble_join import Ensemble, joined
 from .objective import Objective
 from .settings import TrainConfig
 from .students import Student
@@ -18,26 +19,43 @@ _SHARED = ("vocabulary", "draws")  # parameters of columns that a batch can have
 
 
 def open_stores(paths: Sequence[str]) -> list[TeacherStore]:
-    """Raises StoreMismatch where several stores cannot be read one after another."""
+    """Raises StoreMismatch where they are of several tasks."""
     stores = [TeacherStore.open(path) for path in paths]
+    for other in stores[1:]:
+        _check_agree(stores[0], other, [("task", stores[0].task, other.task)])
+    return stores
+
+
+def together(config: TrainConfig, stores: Sequence[TeacherStore], evaluated: str | None) -> Ensemble | None:
+    """The stores as an ensemble; None where there is one, or they are read one after another.
+
+    Raises StoreMismatch where they can be neither.
+    """
+    ensemble = joined(config, stores, [split for split in (config.train_split, evaluated) if split])
+    if ensemble is None:
+        check_alike(stores)
+    return ensemble
+
+
+def check_alike(stores: Sequence[TeacherStore]) -> None:
+    """Raises StoreMismatch where several stores cannot be read one after another."""
     first = stores[0]
     for other in stores[1:]:
-        for what, ours, theirs in (
-            ("task", first.task, other.task),
-            (
-                "tokenizer",
-                first.identity.get("tokenizer", {}).get("sha256"),
-                other.identity.get("tokenizer", {}).get("sha256"),
-            ),
+        _check_agree(first, other, [
+            ("tokenizer", *(one.identity.get("tokenizer", {}).get("sha256") for one in (first, other))),
+            ("image processing", first.settings.get("processing"), other.settings.get("processing")),
             ("label names", first.label_names, other.label_names),
             *((f"column {name}", _kept(first, name), _kept(other, name)) for name in _compared(first, other)),
-        ):
-            if canonical(ours) != canonical(theirs):
-                raise StoreMismatch(
-                    f"{what} differs: {first.path} has {short(ours)}, {other.path} has {short(theirs)}; "
-                    "only stores that agree are trained on together"
-                )
-    return stores
+        ])  # fmt: skip
+
+
+def _check_agree(first: TeacherStore, other: TeacherStore, compared: Iterable[tuple[str, Any, Any]]) -> None:
+    for what, ours, theirs in compared:
+        if canonical(ours) != canonical(theirs):
+            raise StoreMismatch(
+                f"{what} differs: {first.path} has {short(ours)}, {other.path} has {short(theirs)}; "
+                "only stores that agree are trained on together"
+            )
 
 
 def _compared(*stores: TeacherStore) -> list[str]:
@@ -74,13 +92,16 @@ def evaluation_split(config: TrainConfig, stores: Sequence[TeacherStore]) -> str
 
 def select(
     config: TrainConfig, stores: Sequence[TeacherStore], student: Student, objective: Objective, split: str,
-    where: str | None = None,
+    where: str | None = None, ensemble: Ensemble | None = None,
 ) -> Any:  # fmt: skip
-    """Rows of one split of all stores, in the student's tokens; to train on, those that the loss can learn from."""
+    """Rows of one split of all stores, in the student's tokens; to train on, those that the loss can learn from.
+
+    Of an ensemble `where` and the student's tokens are the leading store's.
+    """
     training, task = split == config.train_split, task_of(stores[0])
     parts = []
     wanted = objective.fields if training else objective.evaluation_fields
-    for store in stores:
+    for store in stores[:1] if ensemble else stores:
         if lacking := [name for name in wanted if name in stores[0].fields and name not in store.fields]:
             raise StoreMismatch(
                 f"the loss reads {lacking[0]}, which {stores[0].path} has and {store.path} has not; only stores that "
@@ -92,8 +113,11 @@ def select(
         if not len(rows):
             reason = f"--where {where!r} keeps" if where else "there are"
             raise ConfigError(f"{store.path}: {reason} no rows of split {split} that the loss can learn from")
-        parts.append(task.retokenized(rows, student.tokenizer, config.text_column) if student.retokenize else rows)
+        retokenize = student.retokenize
+        parts.append(readable(task.retokenized(rows, student.tokenizer, config.text_column) if retokenize else rows))
     task.check_rows(student.model, max(int(part.lengths.max()) for part in parts))
+    if ensemble:
+        return ensemble.around(parts[0], rows, student, split, wanted)
     if len(parts) == 1:
         return parts[0]
     return ConcatRows(parts, {name: spec.pad for name, spec in stores[0].fields.items()})

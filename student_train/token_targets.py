@@ -68,14 +68,20 @@ class TopKLogits:
         self.stored = set(columns)
         spec = columns[TOP_K_INDICES]
         self.vocabulary = int(spec.parameters["vocabulary"]) if spec and "vocabulary" in spec.parameters else None
+        self.imported = spec.parameters.get("imported") if spec else None  # what others' values were, of an import
 
     def check(self, term: Term) -> None:
         check_truncated(term)
         exact = logsumexp_column(temperature_of(term))
-        if exact not in self.stored and temperature_of(term) != 1:
+        if self.imported == "logits":
+            logger.warning("the store was imported from some logits of each token: what its others weigh is not known, "
+                           "and they are taken to weigh nothing")  # fmt: skip
+        elif exact not in self.stored and temperature_of(term) != 1:
+            at = temperature_of(term)
+            cure = "an import cannot know it" if self.imported else f"dump --temperatures {at:g} stores it"
             logger.warning(
-                "the store has no %s: what the teacher's other tokens weigh at temperature %g is estimated; dump "
-                "--temperatures %g stores it", exact, temperature_of(term), temperature_of(term),
+                "the store has no %s: what the teacher's other tokens weigh at temperature %g is estimated; %s",
+                exact, at, cure,
             )  # fmt: skip
 
     def columns(self, term: Term) -> list[str]:

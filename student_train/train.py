@@ -19,14 +19,17 @@ from .card import CARD, METRICS, PROVENANCE, model_card, provenance, write_json
 from .collator import DataCollatorForDistillation
 from .config import DistillationConfig
 from .dataset import first_row
+from .ensemble_join import Ensemble
+from .ensemble_scores import judged, learn
 from .folder import check_same_run, is_main_process, prepare_folder, stage_folder
 from .losses.presets import Stage
+from .losses.terms import Term
 from .objective import Objective, accepted_inputs
 from .progress import quiet_stdout, say, show_progress
 from .projections import ATTRIBUTE, attach_projections
 from .settings import DistillationSettings, TrainConfig
-from .stores import evaluation_split, open_stores, select
-from .students import Student, build_student
+from .stores import evaluation_split, open_stores, select, together
+from .students import Student, build_student, usual_arguments
 from .tasks import Task, check_known, make_objective, task_of
 from .trainer import DistillationTrainer
 
@@ -56,17 +59,21 @@ def train(settings: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
     stores = open_stores(config.stores)
     task = task_of(stores[0])
     check_known(stores[0], config)
+    evaluated = evaluation_split(config, stores)
+    ensemble = together(config, stores, evaluated)
+    if ensemble:
+        stores, task = ensemble.stores, ensemble.task
     stages = config.recipe(task.temperature)
     start = prepare_folder(config, output, stages)
-    evaluated = evaluation_split(config, stores)
     arguments = [training_arguments(config, stages, number, evaluated) for number in range(len(stages))]
     set_seed(arguments[-1].seed)
     student = build_student(config, stores[0])
-    jobs = [prepare(config, stores, task, student, *one, evaluated) for one in zip(stages, arguments, strict=True)]
+    settle_weights(config, ensemble, student)
+    jobs = [prepare(config, stores, ensemble, student, *one, evaluated) for one in zip(stages, arguments, strict=True)]
     for job in jobs[start.done + 1 :]:  # the first one is looked at when its trainer is made
         look_ahead(job, student)
 
-    made = provenance(config, stores, student, jobs)
+    made = provenance(config, stores, student, jobs) | (ensemble.told() if ensemble else {})
     if start.resumed:
         check_same_run(output, made)
     elif is_main_process():
@@ -87,7 +94,7 @@ def train(settings: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
         if job is not jobs[-1]:
             end_stage(trainer, job, metrics)
     if jobs[-1].eval_rows is not None:
-        metrics |= final_evaluation(trainer)
+        metrics |= final_evaluation(trainer) | (judged(ensemble, jobs[-1].eval_rows, config) if ensemble else {})
     if len(jobs) > 1:
         metrics["stages"] = {**earlier_stages(jobs[: start.done]), **trained}
     metrics["student_parameters"] = sum(
@@ -105,14 +112,21 @@ def train(settings: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
 # ---- stages ----
 
 
+def settle_weights(config: TrainConfig, ensemble: Ensemble | None, student: Student) -> None:
+    """Learn the teachers' weights, where they are to be learnt."""
+    if ensemble and ensemble.learnt_on():
+        asked = ensemble.task.objective([Term("logits")])
+        learn(ensemble, select(config, ensemble.stores, student, asked, ensemble.split, ensemble=ensemble))
+
+
 def prepare(
-    config: TrainConfig, stores: Any, task: Task, student: Student, stage: Stage, args: DistillationConfig,
-    evaluated: str | None,
+    config: TrainConfig, stores: Any, ensemble: Ensemble | None, student: Student, stage: Stage,
+    args: DistillationConfig, evaluated: str | None,
 ) -> Job:  # fmt: skip
     """Everything that can be refused is refused here, before the first stage is trained."""
-    objective = make_objective(stage.terms, task.objective, stores[0].fields, args.seed)
-    train_rows = select(config, stores, student, objective, config.train_split, config.where)
-    eval_rows = select(config, stores, student, objective, evaluated) if evaluated else None
+    objective = make_objective(stage.terms, task_of(stores[0]).objective, stores[0].fields, args.seed)
+    train_rows = select(config, stores, student, objective, config.train_split, config.where, ensemble)
+    eval_rows = select(config, stores, student, objective, evaluated, ensemble=ensemble) if evaluated else None
     return Job(stage, Path(str(args.output_dir)), args, objective, train_rows, eval_rows)
 
 
@@ -166,7 +180,8 @@ def training_arguments(
         if name not in known or name == "output_dir":
             raise ConfigError(f"{name} is not a field of transformers.TrainingArguments")
     own = {one.name: getattr(config, one.name) for one in fields(DistillationSettings)}
-    chosen = {**stage.arguments, "eval_strategy": "epoch" if evaluated else "no", **config.training_arguments}
+    usual = {**usual_arguments(config), "eval_strategy": "epoch" if evaluated else "no"}
+    chosen = {**usual, **stage.arguments, **config.training_arguments}
     if number < len(stages) - 1:
         chosen |= {"eval_strategy": "no", "load_best_model_at_end": False}
     try:

@@ -284,7 +284,8 @@ def test_several_stores_one_after_another(store, student_config, tmp_path, token
     assert made["rows"] == 80 and len(made["stores"]) == 2
     wrong = make_store(tmp_path / "wrong", tokenizer, tiny_tokenizer_dir, label_names=["yes", "no"])
     with pytest.raises(StoreMismatch, match='label names differs: .* has \\["no", "yes"\\], .* has \\["yes", "no"\\]'):
-        train(settings(store, student_config, tmp_path / "x", stores=[str(store.path), str(wrong.path)]))
+        both = [str(store.path), str(wrong.path)]
+        train(settings(store, student_config, tmp_path / "x", stores=both, several_stores="concatenate"))
 
 
 @pytest.mark.parametrize(

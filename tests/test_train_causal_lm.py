@@ -169,7 +169,8 @@ def test_several_stores_one_after_another(store, store_of, student_config, tmp_p
     assert json.loads((tmp_path / "out" / "predistill.json").read_text())["rows"] == 80
     other = store_of("other", k=7, temperatures=[2])
     with pytest.raises(StoreMismatch, match=r'column teacher_top_k_indices differs: .*\["S", 5.*\["S", 7'):
-        train(settings(store, tmp_path / "x", student_config=student_config) | {"stores": [both[0], str(other.path)]})
+        train(settings(store, tmp_path / "x", student_config=student_config, several_stores="concatenate")
+              | {"stores": [both[0], str(other.path)]})  # fmt: skip
 
 
 # ---- what is refused ----
