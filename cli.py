@@ -24,9 +24,13 @@ import click
 from . import __version__, flags, output
 from .doors import Doors, TrainCommand, common, example, show_all_help
 from .quickstart import QuickstartConfig
+from .store.converting import DropConfig, ExportConfig, MergeConfig
+from .store.sharing import PullConfig, PushConfig
 from .student_train.settings import TrainConfig
 from .teacher_dump.augmentation.config import AugmentConfig
 from .teacher_dump.config import DumpConfig
+from .teacher_dump.importing.config import ImportConfig
+from .teacher_dump.rechecking.config import RecheckConfig
 
 
 def store_argument() -> click.Argument:
@@ -123,14 +127,22 @@ def query(store: str, sql: str, form: str) -> None:
             output.write_relation(stream, opened.sql(sql), form)
 
 
-@cli.command(params=[store_argument(), *common()], epilog=example("predistill verify stores/reviews"))
+@cli.command(
+    params=[store_argument(), *flags.parameters(RecheckConfig), *common()],
+    epilog=example("predistill verify stores/reviews", "predistill verify stores/reviews --teacher runs/teacher"),
+)
 @click.pass_context
-def verify(ctx: click.Context, store: str, as_json: bool) -> None:
-    """Check that every byte of a store is what the dump wrote. Exit code 1 where it is not."""
+def verify(ctx: click.Context, store: str, as_json: bool, **_: Any) -> None:
+    """Check that every byte is what the dump wrote, and what its teacher says. Exit code 1 where it is not."""
+    asked = RecheckConfig(**flags.settings(ctx, RecheckConfig)[0])
     with output.data_stream() as stream:
         from .store.verify import verify as run
 
         found = run(store)
+        if asked.teacher is not None:
+            from .teacher_dump.recheck import rechecked
+
+            found = rechecked(store, asked, found)
         output.emit(stream, found, as_json, output.verify_page)
     ctx.exit(0 if found["ok"] else 1)
 
@@ -179,6 +191,96 @@ def augment(ctx: click.Context, config_file: str | None, as_json: bool, **_: Any
         from .teacher_dump.augment import augment as run
 
         output.emit(stream, run(AugmentConfig(**own)), as_json, output.pairs_page)
+
+
+@cli.command(
+    params=[*flags.parameters(MergeConfig), *common()],
+    epilog=example("predistill merge stores/monday stores/tuesday --output-dir stores/both"),
+)
+@click.pass_context
+def merge(ctx: click.Context, as_json: bool, **_: Any) -> None:
+    """Make one store of several: more splits, more rows, or more fields of the same rows."""
+    own, _rest = flags.settings(ctx, MergeConfig)
+    with output.data_stream() as stream:
+        from .store.merge import merge as run
+
+        output.emit(stream, run(MergeConfig(**own)), as_json, output.info_page)
+
+
+@cli.command(
+    params=[*flags.parameters(DropConfig), *common()],
+    epilog=example("predistill drop stores/reviews --where \"split = 'train' AND source_index IN (12, 40)\" --yes"),
+)
+@click.pass_context
+def drop(ctx: click.Context, as_json: bool, **_: Any) -> None:
+    """Take rows out of a store for good; only the shards that hold them are written anew."""
+    own, _rest = flags.settings(ctx, DropConfig)
+    with output.data_stream() as stream:
+        from .store.drop import drop as run
+
+        output.emit(stream, run(DropConfig(**own)), as_json, output.drop_page)
+
+
+@cli.command(
+    params=[*flags.parameters(ExportConfig), *common()],
+    epilog=example("predistill export stores/reviews exported --format parquet"),
+)
+@click.pass_context
+def export(ctx: click.Context, as_json: bool, **_: Any) -> None:
+    """Write a store in another format, for those who must. The same command goes on."""
+    own, _rest = flags.settings(ctx, ExportConfig)
+    with output.data_stream() as stream:
+        from .store.export import export as run
+
+        output.emit(stream, run(ExportConfig(**own)), as_json, output.export_page)
+
+
+@cli.command(
+    "import",
+    params=[*flags.parameters(ImportConfig), *common(config=True)],
+    epilog=example("predistill import captures stores/captured --tokenizer Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-235B"),
+)
+@click.pass_context
+def import_(ctx: click.Context, config_file: str | None, as_json: bool, **_: Any) -> None:
+    """Make a store of teacher outputs that there are already: top-k log-probabilities a token, in others' formats."""
+    own, _rest = flags.settings(ctx, ImportConfig, config_file)
+    with output.data_stream() as stream:
+        from .teacher_dump.import_outputs import import_outputs as run
+
+        output.emit(stream, run(ImportConfig(**own)), as_json, output.info_page)
+
+
+@cli.command(
+    params=[*flags.parameters(PushConfig), *common()],
+    epilog=example(
+        "predistill push stores/reviews hf://datasets/me/reviews-teacher --license cc-by-4.0 \\",
+        "                --teacher-license apache-2.0 --dataset-license cc-by-4.0",
+    ),
+)
+@click.pass_context
+def push(ctx: click.Context, as_json: bool, **_: Any) -> None:
+    """Put a store where others can read it: the Hub, S3, any fsspec URL. The same command sends what is missing."""
+    own, _rest = flags.settings(ctx, PushConfig)
+    with output.data_stream() as stream:
+        from .store.push import push as run
+
+        output.emit(stream, run(PushConfig(**own)), as_json, output.sharing_page)
+
+
+@cli.command(
+    params=[*flags.parameters(PullConfig), *common()],
+    epilog=example(
+        "predistill pull hf://datasets/me/reviews-teacher stores/reviews --split validation --fields teacher_logits"
+    ),
+)
+@click.pass_context
+def pull(ctx: click.Context, as_json: bool, **_: Any) -> None:
+    """Take a store, or a part of one, from elsewhere, and check every byte. The same command goes on."""
+    own, _rest = flags.settings(ctx, PullConfig)
+    with output.data_stream() as stream:
+        from .store.pull import pull as run
+
+        output.emit(stream, run(PullConfig(**own)), as_json, output.sharing_page)
 
 
 def main() -> None:

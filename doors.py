@@ -80,7 +80,13 @@ def example(*lines: str) -> str:
 
 _AFTERWARDS = {
     "dump": "What is committed stays; the same command goes on from there.",
+    "import": "What is committed stays; the same command goes on from there.",
+    "merge": "Finished shards stay; the same command goes on from there.",
+    "drop": "The store is whole, with the rows or without them; the same command finishes.",
+    "export": "Finished files stay; the same command goes on from there.",
     "augment": "Finished parts stay; the same command goes on from there.",
+    "push": "What has arrived stays; the same command goes on from there.",
+    "pull": "What has arrived stays; the same command goes on from there.",
     "train": "Checkpoints stay; --resume-from-checkpoint true goes on from the last one.",
 }
 

@@ -36,7 +36,7 @@ class UsualTrainingArguments:
     The defaults are those of transformers, except where the help says otherwise; a test holds names and types.
     """
 
-    learning_rate: float | None = _usual("Default: 5e-5.")
+    learning_rate: float | None = _usual("Default: 5e-5; of bilstm-cnn 2e-3.")
     num_train_epochs: float | None = _usual("Default: 3.")
     max_steps: int | None = _usual("Steps in all; beats --num-train-epochs. Default: -1, which is no limit.")
     per_device_train_batch_size: int | None = _usual("Default: 8.")
@@ -79,6 +79,19 @@ class Size(click.ParamType):
             return parse_size(value)
         except ConfigError as error:
             self.fail(str(error), param, ctx)
+
+
+class Choice(click.Choice):
+    """One of some; of `refused` ones, a line that says why not."""
+
+    def __init__(self, choices: Iterable[str], refused: Mapping[str, str]):
+        super().__init__(list(choices))
+        self._refused = refused
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value in self._refused:
+            self.fail(self._refused[value], param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class JsonOrText(click.ParamType):
@@ -141,7 +154,7 @@ def _kind(field: dataclasses.Field, members: tuple[Any, ...]) -> Any:
         return Size()
     choices = field.metadata.get("choices")
     if choices and all(isinstance(choice, str) for choice in choices):
-        return click.Choice(list(choices))
+        return Choice(list(choices), field.metadata.get("refused", {}))
     inner = [
         part for member in members if typing.get_origin(member) in (list, tuple) for part in typing.get_args(member)
     ]

@@ -117,7 +117,8 @@ def pairs_page(stream: TextIO, found: Mapping[str, Any]) -> None:
 
 def info_page(stream: TextIO, found: Mapping[str, Any]) -> None:
     """What `info` and `dump` say: keys of the JSON document, short."""
-    made_from = {name: _named(found.get(name)) for name in ("teacher", "tokenizer", "dataset")}
+    made_from = {name: _named(found.get(name)) for name in ("teacher", "tokenizer", "processor", "dataset")}
+    tokens = any(split["tokens"] for split in found["splits"].values())  # none of images
     about = {
         "store": found.get("path"),
         "task": found.get("task"),
@@ -128,18 +129,23 @@ def info_page(stream: TextIO, found: Mapping[str, Any]) -> None:
     }
     if "seconds" in found:
         about["time"] = f"{found['seconds']:,.1f} s, the teacher {found['teacher_seconds']:,.1f} s"
-        about["speed"] = f"{found['tokens_per_second']:,.0f} tokens a second"
+        about["speed"] = f"{found['tokens_per_second']:,.0f} {'tokens' if tokens else 'rows'} a second"
     pairs_page(stream, {name: value for name, value in about.items() if value})
+    titles = ("samples", "shards", *(["tokens"] if tokens else []))
     splits = [
-        (name, *(split[key] for key in ("samples", "shards", "tokens"))) for name, split in found["splits"].items()
+        (name, *(split[key] for key in titles)) for name, split in found["splits"].items()
     ]
     stream.write("\n")
-    write_table(stream, ("split", "samples", "shards", "tokens"), splits)
+    write_table(stream, ("split", *titles), splits)
     fields = [
-        (name, field["codec"], field["dtype"], format_size(field["bytes"])) for name, field in found["fields"].items()
+        (name, field["codec"], field["dtype"], _size(field["bytes"])) for name, field in found["fields"].items()
     ]
     stream.write("\n")
     write_table(stream, ("field", "codec", "dtype", "size"), fields)
+
+
+def _size(count: int | None) -> str:
+    return "" if count is None else format_size(count)
 
 
 def _named(identity: Any) -> str | None:
@@ -198,18 +204,69 @@ def verify_page(stream: TextIO, found: Mapping[str, Any]) -> None:
             ("file", "kind", "what"),
             [(each["path"], each["kind"], each["detail"]) for each in found["problems"]],
         )
+    if "recheck" in found:
+        _recheck_page(stream, found["recheck"])
+
+
+def _recheck_page(stream: TextIO, said: Mapping[str, Any]) -> None:
+    stream.write(f"\n{said['rows']} rows, seed {said['seed']}, through {said['teacher']}:\n\n")
+    names = ("largest", "bound", "worst", "mean", "beyond", "values")
+    write_table(stream, ("column", "largest deviation", "its bound", "most of a bound", "mean", "beyond", "of values"),
+                [(column, *(one[name] for name in names)) for column, one in said["fields"].items()])  # fmt: skip
+    for one in said["differences"]:
+        stream.write(f"\n{one['name']} differs: the store has {one['store']}, this teacher has {one['teacher']}")
+    stream.write("\n" if said["differences"] else "")
 
 
 def metrics_page(stream: TextIO, found: Mapping[str, Any]) -> None:
-    """Of a run of several stages, each stage's loss in place of all its metrics."""
+    """Of a run of several stages, each stage's loss in place of all its metrics; of several teachers, one by one."""
+    shown: dict[str, Any] = {}
+    for name, value in found.items():
+        if name == "ensemble":
+            name, value = "ensemble_weights", value["weights"]
+        if not isinstance(value, Mapping):
+            shown[name] = value
+        elif name != "stages":
+            shown |= {f"{name}, {one}": each for one, each in value.items()}
     stages = {f"train_loss, {name}": one.get("train_loss") for name, one in found.get("stages", {}).items()}
-    pairs_page(stream, {**{name: value for name, value in found.items() if name != "stages"}, **stages})
+    pairs_page(stream, {**shown, **stages})
 
 
 def quickstart_page(stream: TextIO, found: Mapping[str, Any]) -> None:
     names = found["columns"]
     write_table(stream, names, ([row.get(name) for name in names] for row in found["table"]))
     stream.write("\n" + found["told"] + "\n")
+
+
+def sharing_page(stream: TextIO, found: Mapping[str, Any]) -> None:
+    """What `push` and `pull` say."""
+    sizes = {name: format_size(found[name]) for name in ("bytes", "sent", "fetched") if name in found}
+    left = found.get("left_out") or {"shards": 0, "fields": []}
+    about = {
+        **{name: value for name, value in found.items() if value is not None and name not in ("left_out", *sizes)},
+        **sizes,
+        "left out": f"{left['shards']} shards, {len(left['fields'])} fields" if any(left.values()) else None,
+    }
+    pairs_page(stream, {name.replace("_", " "): value for name, value in about.items() if value is not None})
+
+
+def drop_page(stream: TextIO, found: Mapping[str, Any]) -> None:
+    """How many rows of which splits, and whether they are gone."""
+    rows = ", ".join(f"{count:,} of {name}" for name, count in found["splits"].items()) or "none"
+    along = f"{found['along']:,} (views of the others, or mixed with them)" if found["along"] else None
+    shards = f"{found['shards']:,} written anew" if found["dropped"] else f"{found['shards']:,} to write anew"
+    names = ("store", "rows", "along with others", "rows that stay", "shards")
+    about = dict(zip(names, (found["output"], rows, along, f"{found['samples']:,}", shards), strict=True))
+    pairs_page(stream, {name: value for name, value in about.items() if value})
+    if found["rows"] and not found["dropped"]:
+        stream.write("\nNothing was changed; --yes takes the rows out for good.\n")
+
+
+def export_page(stream: TextIO, found: Mapping[str, Any]) -> None:
+    pairs_page(stream, {
+        "output": found["output"], "format": found["format"], "files": len(found["files"]),
+        "samples": f"{found['samples']:,}", "size": format_size(found["bytes"]),
+    })  # fmt: skip
 
 
 # ---- query ----

@@ -14,6 +14,12 @@
     results           students with and without distillation (only when named: an hour)
     language_results  the same of language models (only when named: half an hour)
     inside_results    students that learn what is inside a teacher, or its answers alone (only when named: an hour)
+    reader_results    students that find answers, from labels, logits, what is inside, augmented rows (only when named)
+    image_results     students of images, one view of each or ten (only when named: a quarter of an hour)
+    augment_results   students of few rows, augmented or not (only when named)
+    tagger_speed      words a second and size of a tagger that reads words ÷ its teacher (only when named)
+    tagger_results    taggers with and without distillation, with and without word vectors (only when named: hours)
+    ensemble_results  students of three teachers, or of the best of them (only when named: an hour)
 
 Teachers, stores and runs are kept in benchmarks/work, or where PREDISTILL_BENCH says (up to 30 GB); data
 comes from PREDISTILL_DATA.
@@ -29,7 +35,8 @@ DEFAULT = (
     "reader", "cold", "growth", "writer", "exactness", "dump", "train_step", "inside_step", "inside_exactness",
     "language_codecs", "language_step",
 )  # fmt: skip
-NAMED = ("results", "language_results", "inside_results")
+NAMED = ("results", "language_results", "inside_results", "reader_results", "image_results", "augment_results",
+         "ensemble_results", "tagger_speed", "tagger_results")  # fmt: skip
 
 
 def main() -> None:

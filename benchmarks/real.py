@@ -37,13 +37,13 @@ def dataset(task: str, labelled: int | None = None, held_out: int = 0) -> str:
     if labelled is not None:
         kept = set(np.random.default_rng(0).choice(len(rows), labelled, replace=False).tolist())
         masked = [{**row, "label": row["label"] if at in kept else None} for at, row in enumerate(rows)]
-        parts["train"] = _write(WORK / "data" / f"{task}-{labelled}.jsonl.gz", masked)
+        parts["train"] = write_rows(WORK / "data" / f"{task}-{labelled}.jsonl.gz", masked)
     if held_out:
-        parts["tune"] = _write(WORK / "data" / f"{task}-tune.jsonl.gz", rows[-held_out:])
+        parts["tune"] = write_rows(WORK / "data" / f"{task}-tune.jsonl.gz", rows[-held_out:])
     return ",".join(f"{name}={path}" for name, path in parts.items())
 
 
-def _write(path: Path, rows: list[dict[str, object]]) -> Path:
+def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with gzip.open(path, "wt", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)

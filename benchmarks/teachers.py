@@ -57,7 +57,18 @@ def fine_tune(task: str, output: Path, *, epochs: int, learning_rate: float, bat
     model = AutoModelForSequenceClassification.from_pretrained(
         backbone(), id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}
     )
-    rows = encode(tokenizer, read_rows(task))
+    optimize(model, tokenizer, encode(tokenizer, read_rows(task)), name=task, epochs=epochs,
+             learning_rate=learning_rate, batch_size=batch_size, seed=seed)  # fmt: skip
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    return accuracy(model, encode(tokenizer, read_rows(task, evaluation=True)), tokenizer)
+
+
+def optimize(
+    model: Any, tokenizer: Any, rows: list[dict[str, Any]], *, name: str, epochs: int, learning_rate: float,
+    batch_size: int, seed: int,
+) -> None:  # fmt: skip
+    """Train `model` where it is. rows: input_ids and labels, as `encode` gives them."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=True)
     steps = epochs * -(-len(rows) // batch_size)
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
@@ -70,10 +81,7 @@ def fine_tune(task: str, output: Path, *, epochs: int, learning_rate: float, bat
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
-        note(f"{task}: epoch {epoch + 1} of {epochs} in {time.perf_counter() - start:.0f} s")
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    return accuracy(model, encode(tokenizer, read_rows(task, evaluation=True)), tokenizer)
+        note(f"{name}: epoch {epoch + 1} of {epochs} in {time.perf_counter() - start:.0f} s")
 
 
 def encode(tokenizer: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -220,6 +220,20 @@ def test_the_size_that_is_promised(store: TeacherStore) -> None:
     assert 2.5e6 < model.num_parameters() < 3.2e6
 
 
+def test_how_fast_a_student_learns_when_nothing_is_said(small: str, tmp_path: Path) -> None:
+    from predistill.student_train.settings import TrainConfig
+    from predistill.student_train.train import training_arguments
+
+    def rate(**more: Any) -> float:
+        config = TrainConfig(stores=["stores/a"], output_dir=str(tmp_path), **more)
+        return training_arguments(config, config.recipe(1.0), 0, None).learning_rate
+
+    given = {"training_arguments": {"learning_rate": 1e-4}}
+    assert rate(student="bert") == 5e-5 and rate(student="bilstm-cnn") == rate(student_config=small) == 2e-3
+    assert rate(student="bilstm-cnn", **given) == rate(student="bert", **given) == 1e-4
+    assert rate(student="bilstm-cnn", preset="tinybert", stage="prediction") == 3e-5, "a recipe says it"
+
+
 def test_a_student_of_words(store: TeacherStore, small: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     metrics = run(store, out, student_config=small, alpha=0.0, training_arguments={**LONG, "learning_rate": 3e-2})
