@@ -24,8 +24,9 @@ import click
 from . import __version__, flags, output
 from .doors import Doors, TrainCommand, common, example, show_all_help
 from .quickstart import QuickstartConfig
-from .store.converting import DropConfig, ExportConfig, MergeConfig
-from .store.sharing import PullConfig, PushConfig
+from .report import ReportConfig
+from .store.convert.config import DropConfig, ExportConfig, MergeConfig
+from .store.remote.config import PullConfig, PushConfig
 from .student_train.settings import TrainConfig
 from .teacher_dump.augmentation.config import AugmentConfig
 from .teacher_dump.config import DumpConfig
@@ -202,7 +203,7 @@ def merge(ctx: click.Context, as_json: bool, **_: Any) -> None:
     """Make one store of several: more splits, more rows, or more fields of the same rows."""
     own, _rest = flags.settings(ctx, MergeConfig)
     with output.data_stream() as stream:
-        from .store.merge import merge as run
+        from .store.convert.merge import merge as run
 
         output.emit(stream, run(MergeConfig(**own)), as_json, output.info_page)
 
@@ -216,7 +217,7 @@ def drop(ctx: click.Context, as_json: bool, **_: Any) -> None:
     """Take rows out of a store for good; only the shards that hold them are written anew."""
     own, _rest = flags.settings(ctx, DropConfig)
     with output.data_stream() as stream:
-        from .store.drop import drop as run
+        from .store.convert.drop import drop as run
 
         output.emit(stream, run(DropConfig(**own)), as_json, output.drop_page)
 
@@ -230,7 +231,7 @@ def export(ctx: click.Context, as_json: bool, **_: Any) -> None:
     """Write a store in another format, for those who must. The same command goes on."""
     own, _rest = flags.settings(ctx, ExportConfig)
     with output.data_stream() as stream:
-        from .store.export import export as run
+        from .store.convert.export import export as run
 
         output.emit(stream, run(ExportConfig(**own)), as_json, output.export_page)
 
@@ -262,7 +263,7 @@ def push(ctx: click.Context, as_json: bool, **_: Any) -> None:
     """Put a store where others can read it: the Hub, S3, any fsspec URL. The same command sends what is missing."""
     own, _rest = flags.settings(ctx, PushConfig)
     with output.data_stream() as stream:
-        from .store.push import push as run
+        from .store.remote.push import push as run
 
         output.emit(stream, run(PushConfig(**own)), as_json, output.sharing_page)
 
@@ -278,9 +279,23 @@ def pull(ctx: click.Context, as_json: bool, **_: Any) -> None:
     """Take a store, or a part of one, from elsewhere, and check every byte. The same command goes on."""
     own, _rest = flags.settings(ctx, PullConfig)
     with output.data_stream() as stream:
-        from .store.pull import pull as run
+        from .store.remote.pull import pull as run
 
         output.emit(stream, run(PullConfig(**own)), as_json, output.sharing_page)
+
+
+@cli.command(
+    params=[*flags.parameters(ReportConfig), *common()],
+    epilog=example("predistill report stores/reviews runs/small runs/labels-only --output report.html"),
+)
+@click.pass_context
+def report(ctx: click.Context, as_json: bool, **_: Any) -> None:
+    """Draw stores and runs on one HTML page: what the teacher knows, what it costs, how students compare."""
+    own, _rest = flags.settings(ctx, ReportConfig)
+    with output.data_stream() as stream:
+        from .report import report as run
+
+        output.emit(stream, run(ReportConfig(**own)), as_json, output.report_page)
 
 
 def main() -> None:

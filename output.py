@@ -269,6 +269,11 @@ def export_page(stream: TextIO, found: Mapping[str, Any]) -> None:
     })  # fmt: skip
 
 
+def report_page(stream: TextIO, found: Mapping[str, Any]) -> None:
+    counted = {"stores": len(found["stores"]), "runs": len(found["runs"])}
+    pairs_page(stream, {"page": found["output"], "size": format_size(found["bytes"]), **counted})
+
+
 # ---- query ----
 
 FORMATS = {"table": None, "csv": write_csv_rows, "json": write_json_rows}

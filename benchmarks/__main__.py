@@ -16,6 +16,7 @@
     inside_results    students that learn what is inside a teacher, or its answers alone (only when named: an hour)
     reader_results    students that find answers, from labels, logits, what is inside, augmented rows (only when named)
     image_results     students of images, one view of each or ten (only when named: a quarter of an hour)
+    segmentation_results  students that mark every pixel (only when named: a quarter of an hour)
     augment_results   students of few rows, augmented or not (only when named)
     tagger_speed      words a second and size of a tagger that reads words ÷ its teacher (only when named)
     tagger_results    taggers with and without distillation, with and without word vectors (only when named: hours)
@@ -36,7 +37,7 @@ DEFAULT = (
     "language_codecs", "language_step",
 )  # fmt: skip
 NAMED = ("results", "language_results", "inside_results", "reader_results", "image_results", "augment_results",
-         "ensemble_results", "tagger_speed", "tagger_results")  # fmt: skip
+         "segmentation_results", "ensemble_results", "tagger_speed", "tagger_results")  # fmt: skip
 
 
 def main() -> None:

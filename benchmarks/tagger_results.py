@@ -5,7 +5,7 @@ with random weights, or with word vectors out of the backbone's embeddings (tagg
 `train()`:
 
     few              tags of 1,000 rows only
-    few + teacher    these tags, and the teacher's stored logits on all rows: --preset nlp-architect
+    few + teacher    these tags, and the teacher's stored logits on all rows: --alpha 0.9 --temperature 1
     few + pseudo     the same, and the teacher's own tags on rows without any: --pseudo-labels 1
     few, vectors     as above, each beginning with word vectors
     few + teacher, vectors
@@ -51,7 +51,7 @@ class Arm(NamedTuple):
 
 
 LABELS: dict[str, Any] = {"alpha": 0.0}
-LOGITS: dict[str, Any] = {"preset": "nlp-architect"}
+LOGITS: dict[str, Any] = {"alpha": 0.9, "temperature": 1.0}
 PSEUDO: dict[str, Any] = {**LOGITS, "pseudo_labels": 1.0}
 BLOCKS: dict[str, Any] = {"student": "from-teacher-layers:2,5"}
 ARMS = {

@@ -25,7 +25,7 @@ from .gather import Allocate, Gather, Slot, allocate
 from .index import Index, MemoryIndex
 from .mapped import MappedShard
 from .prefetch import Prefetcher
-from .remote import is_url
+from .remote.elsewhere import is_url
 from .schema import FieldSpec
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class TeacherStore:
         allow_partial: of an unfinished store in a folder, read the shards that are committed.
         """
         if is_url(path):
-            from .remote_store import open_remote
+            from .remote.opened import open_remote
 
             return open_remote(str(path))
         folder = Path(path)

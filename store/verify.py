@@ -18,7 +18,7 @@ from .identity import file_sha256
 from .manifest import Plan, shard_path
 from .mapped import MappedShard
 from .reader import TeacherStore
-from .remote import clean, is_url
+from .remote.elsewhere import clean, is_url
 from .schema import INPUT_IDS, FieldSpec, is_list, is_ragged
 
 KNOWN = {
@@ -203,7 +203,7 @@ def _index_problems(folder: Path, made: Mapping[str, Any]) -> Iterator[Problem]:
 
 def _pixel_problems(folder: Path) -> Iterator[Problem]:
     """Of a store of images: a sample of rows, decoded again."""
-    from .pixels_verify import pixel_problem
+    from .images.verify import pixel_problem
 
     if problem := pixel_problem(folder):
         yield _problem(folder / manifest.SHARDS, folder, "pixels", problem)

@@ -16,9 +16,9 @@ import torch
 from ..store.addresses import Addresses, Common, addresses, compared
 from ..store.errors import ConfigError, StoreMismatch
 from ..store.identity import canonical, short, tokenizer_sha256
+from ..store.images.views import VIEW_FIELDS
 from ..store.reader import TeacherRows, TeacherStore
 from ..store.schema import LABELS, MISSING_LABEL, WORD_IDS, FieldSpec
-from ..store.views import VIEW_FIELDS
 from .ensemble import fixed_weights
 from .ensemble_rows import CONFIDENCE, Combination, EnsembleRows, Member
 from .losses.catalogue import REGRESSION, SINGLE_LABEL
@@ -43,7 +43,7 @@ class Ensemble:
         self.config, self.given = config, list(stores)
         self.stores = leading(config, stores)
         self.lead, self.task = self.stores[0], task_of(self.stores[0])
-        self.averaged: dict[str, str] = dict(getattr(self.task, "averaged", {}))
+        self.averaged = _averaged(self.lead)
         self.problem_type = getattr(self.task, "problem_type", SINGLE_LABEL)
         self.split = config.ensemble_split or DEFAULT_SPLIT
         self._check_columns()
@@ -230,6 +230,10 @@ def joined(config: TrainConfig, stores: Sequence[TeacherStore], splits: Sequence
     """
     if len(stores) == 1 or config.several_stores == "concatenate":
         return None
+    if config.several_stores == "auto" and not _averaged(stores[0]):
+        config.refuse_ensemble(f"stores of {stores[0].task} without whole logits, which alone are averaged")
+        say(f"{len(stores)} stores without whole logits, which alone are averaged: read one after another")
+        return None
     for store in stores:
         store.select(split=splits[0], fields=[])  # raises where it is not there
     known = [addresses(store, splits[0]) for store in stores]
@@ -250,6 +254,10 @@ def joined(config: TrainConfig, stores: Sequence[TeacherStore], splits: Sequence
     how = f"{config.ensemble_average} averaged, weights {made.name_of_weights}"
     say(f"an ensemble: {len(stores)} stores speak of the same rows ({rows}); {how}")
     return made
+
+
+def _averaged(store: TeacherStore) -> dict[str, str]:
+    return dict(getattr(task_of(store), "averaged", {}))
 
 
 def any_in_common(stores: Sequence[TeacherStore], known: Sequence[Addresses], split: str) -> bool:

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..store.activations import Sites
 from ..store.attention import AttentionSettings
 from ..store.errors import ConfigError
-from ..store.pixels import PIXEL_VALUES
+from ..store.images.pixels import PIXEL_VALUES
 from ..store.probe import evaluating
 from ..store.schema import ATTENTION_MASK, FieldSpec, symbols
 from .injected import Learnt

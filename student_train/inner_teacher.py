@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..store.attention import AttentionSettings, attention_probabilities, attention_scores, visible_keys
 from ..store.errors import ConfigError, StoreCorrupt
-from ..store.pixels import PIXEL_VALUES
+from ..store.images.pixels import PIXEL_VALUES
 from ..store.schema import ATTENTION_MASK, POSITION_IDS, FieldSpec, layer_column, symbols
 from .layers import Pairs, layer_map, stored_columns
 from .objective import Batch

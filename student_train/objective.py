@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from ..store.errors import ConfigError
-from ..store.pixels import PIXEL_HASH, PIXEL_VALUES
+from ..store.images.pixels import PIXEL_HASH, PIXEL_VALUES
 from ..store.schema import END_POSITIONS, INPUT_IDS, LABELS, OFFSETS, START_POSITIONS, WORD_IDS
 from .losses.terms import Term
 

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 
 from ..store.errors import StoreMismatch
-from ..store.pixels import PIXEL_HASH, PIXEL_VALUES, pixel_hash
+from ..store.images.pixels import PIXEL_HASH, PIXEL_VALUES, pixel_hash
 from .objective import Batch
 from .progress import say
 

@@ -17,11 +17,11 @@ from typing import Any, cast
 
 import numpy as np
 
-from ..store.files import Files
-from ..store.pixels import IMAGE, MASK, PIXEL_VALUES, Processing, replay, replay_masks
+from ..store.images.files import Files
+from ..store.images.pixels import IMAGE, MASK, PIXEL_VALUES, Processing, replay, replay_masks
+from ..store.images.views import VIEW_FIELDS, VIEW_MIX_WITH, mixed
 from ..store.reader import TeacherRows
 from ..store.schema import LABELS, MISSING_LABEL
-from ..store.views import VIEW_FIELDS, VIEW_MIX_WITH, mixed
 
 VIEWS = [spec.name for spec in VIEW_FIELDS]
 IGNORED = 255  # of masks, where the store does not say

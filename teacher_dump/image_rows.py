@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 
 from ..store import ConfigError, DataError, FieldSpec, content_hash
-from ..store.pixels import IMAGE, PIXEL_HASH, Recipe, check, draw, image_size, pixel_hash, replay
-from ..store.views import CROP, CUTMIX, FLIP, MIXUP, NOBODY, VIEW_FIELDS, VIEW_MIX_WITH, plain
+from ..store.images.pixels import IMAGE, PIXEL_HASH, Recipe, check, draw, image_size, pixel_hash, replay
+from ..store.images.views import CROP, CUTMIX, FLIP, MIXUP, NOBODY, VIEW_FIELDS, VIEW_MIX_WITH, plain
 from .config import DumpConfig
 from .data import SourceData, read
 from .image_teacher import ReadsImages

@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..store.head import logits_of
 from ..store.identity import digest
-from ..store.pixels import PIXEL_VALUES, Processing
+from ..store.images.pixels import PIXEL_VALUES, Processing
+from ..store.images.processing import pillow
 from ..store.probe import evaluating
-from ..store.processing import pillow
 from .given import GivenTeacher
 from .teacher import Teacher
 

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..store.errors import ConfigError, DataError
-from ..store.processing import pillow
+from ..store.images.processing import pillow
 from .config import AUTO
 
 FILES = pa.large_binary()

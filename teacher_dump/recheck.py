@@ -12,8 +12,8 @@ import torch
 
 from ..store import ConfigError, FieldSpec, StoreMismatch, TeacherStore, schema
 from ..store.identity import differences, short
+from ..store.images.pixels import PIXEL_HASH
 from ..store.manifest import SHARDS
-from ..store.pixels import PIXEL_HASH
 from . import planning
 from .capture import Capture, token_batches
 from .config import DumpConfig

@@ -14,8 +14,8 @@ import pyarrow as pa
 import torch
 from PIL import Image
 from predistill.store import FieldSpec, Plan, ShardPlan, StoreWriter, TeacherStore, content_hash
-from predistill.store.processing import Processing
-from predistill.store.views import VIEW_FIELDS, Recipe, draw, plain
+from predistill.store.images.processing import Processing
+from predistill.store.images.views import VIEW_FIELDS, Recipe, draw, plain
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
 
 SIDE, CLASSES, MEAN, STD = 20, 3, 0.4, 0.25

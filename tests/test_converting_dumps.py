@@ -8,9 +8,9 @@ import numpy as np
 import question_cases as cases
 from dump_cases import own_cache, rows, settings, write  # noqa: F401  own_cache is a fixture
 from predistill.store import TeacherStore
-from predistill.store.converting import DropConfig, MergeConfig
-from predistill.store.drop import drop
-from predistill.store.merge import merge
+from predistill.store.convert.config import DropConfig, MergeConfig
+from predistill.store.convert.drop import drop
+from predistill.store.convert.merge import merge
 from predistill.store.verify import verify
 from predistill.teacher_dump.dump import dump
 

@@ -21,8 +21,8 @@ import synthetic_store as synthetic
 from click.testing import CliRunner
 from predistill.cli import cli
 from predistill.store import ConfigError, StoreCorrupt, StoreError, TeacherStore
-from predistill.store.converting import DropConfig
-from predistill.store.drop import drop
+from predistill.store.convert.config import DropConfig
+from predistill.store.convert.drop import drop
 from predistill.store.verify import rebuild_index, verify
 
 
@@ -222,8 +222,8 @@ def test_a_dump_that_writes_keeps_it_out(store: Path) -> None:
 
 KILLER = """
 import json, os, signal, shutil, sys
-from predistill.store import drop as module, swap
-from predistill.store.converting import DropConfig
+from predistill.store.convert import drop as module, swap
+from predistill.store.convert.config import DropConfig
 done, stop = [], int(sys.argv[2])
 def step(name):
     if len(done) == stop: os.kill(os.getpid(), signal.SIGKILL)
@@ -272,7 +272,7 @@ def test_killed_anywhere_the_same_command_finishes(made: Path, tmp_path: Path, w
 
 def test_a_folder_that_cannot_be_renamed_stays_as_it_is(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the root of a file system; then, where it can, the same command finishes."""
-    from predistill.store import swap
+    from predistill.store.convert import swap
 
     real, called = os.rename, []
 

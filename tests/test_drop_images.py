@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from predistill.store import TeacherStore
-from predistill.store.converting import DropConfig, MergeConfig
-from predistill.store.drop import drop
-from predistill.store.merge import merge
+from predistill.store.convert.config import DropConfig, MergeConfig
+from predistill.store.convert.drop import drop
+from predistill.store.convert.merge import merge
 from predistill.store.verify import verify
 
 image_store = pytest.importorskip("image_store", reason="needs Pillow")

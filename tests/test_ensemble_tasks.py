@@ -207,12 +207,10 @@ def test_language_models_with_every_logit(models: Any, tmp_path: Path, completio
     assert metrics["eval_loss_logits"] > 0 and metrics["ensemble"]["average"] == "probabilities"
     with pytest.raises(ConfigError, match="--ensemble-weights learned is not for causal-lm"):
         run(stores, tmp_path / "x", student_config=tiny, ensemble_weights="learned")
+    top = [str(tmp_path / "top 0"), str(tmp_path / "top 1")]
     with pytest.raises(ConfigError, match="only whole logits are averaged; kept are teacher_top_k_indices"):
-        run(
-            [str(tmp_path / "top 0"), str(tmp_path / "top 1")],
-            tmp_path / "x",
-            student_config=tiny,
-        )
+        run(top, tmp_path / "x", student_config=tiny, several_stores="ensemble")
+    assert "ensemble" not in run(top, tmp_path / "after", student_config=tiny)  # one after another
 
 
 # ---- images ----

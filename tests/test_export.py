@@ -24,8 +24,8 @@ import synthetic_store as synthetic
 from click.testing import CliRunner
 from predistill.cli import cli
 from predistill.store import ConfigError, StoreCorrupt, TeacherStore
-from predistill.store.converting import ExportConfig
-from predistill.store.export import export
+from predistill.store.convert.config import ExportConfig
+from predistill.store.convert.export import export
 
 RAGGED = {"teacher_kept_logits", "teacher_kept_indices", "teacher_samples"}
 
@@ -38,7 +38,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few rows at a time, so that every column is put together of pieces."""
-    from predistill.store import columns, export_parquet, export_safetensors, export_webdataset
+    from predistill.store.convert import columns, export_parquet, export_safetensors, export_webdataset
 
     for module in (export_parquet, export_safetensors, export_webdataset):
         monkeypatch.setattr(module, "chunks", lambda mapped: columns.chunks(mapped, 5_000))
@@ -251,8 +251,8 @@ def test_webdataset_names_images_by_what_they_are(tmp_path: Path, monkeypatch: p
 
 KILLER = """
 import os, signal, sys
-from predistill.store import export as module
-from predistill.store.converting import ExportConfig
+from predistill.store.convert import export as module
+from predistill.store.convert.config import ExportConfig
 left, real = [2], module._settle
 def settle(*given):
     left[0] -= 1

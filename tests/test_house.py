@@ -20,7 +20,10 @@ import predistill
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = {"store": {"store"}, "teacher_dump": {"teacher_dump", "store"}, "student_train": {"student_train", "store"}}
+ROOMS = {
+    "store": {"store"}, "teacher_dump": {"teacher_dump", "store"}, "student_train": {"student_train", "store"},
+    "report_page": {"report_page", "store"},
+}  # fmt: skip
 HEAVY = {"torch", "transformers", "datasets", "pyarrow", "duckdb", "numpy", "pandas", "rich", "yaml"}
 LONGEST_FILE = 400  # lines
 LONGEST_FUNCTION = 60  # lines

@@ -19,10 +19,10 @@ from dump_cases import own_cache, shard_bytes  # noqa: F401  a fixture
 from image_cases import CLASSES, SIZE, encoded, levels, processor, resnet, settings, table, vit, write
 from PIL import Image
 from predistill.store import TeacherStore
-from predistill.store.files import Files
-from predistill.store.pixels import Processing, pixel_hash, replay
+from predistill.store.images.files import Files
+from predistill.store.images.pixels import Processing, pixel_hash, replay
+from predistill.store.images.views import VIEW_FIELDS
 from predistill.store.verify import describe, verify
-from predistill.store.views import VIEW_FIELDS
 from predistill.teacher_dump.dump import dump, plan
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification

@@ -185,7 +185,7 @@ def test_verify_finds_other_pixels(teacher: Path, tmp_path: Path, monkeypatch: p
     dump(settings(teacher, write(tmp_path / "d.parquet", 6), tmp_path / "s", views=2))
     rebuild_index(tmp_path / "s")
     assert verify(tmp_path / "s")["ok"]
-    from predistill.store import pixels
+    from predistill.store.images import pixels
 
     honest = pixels.Processing.values
     monkeypatch.setattr(pixels.Processing, "values", lambda self, levels: honest(self, levels // 2 * 2))

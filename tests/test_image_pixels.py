@@ -16,9 +16,18 @@ import torch
 from image_cases import encoded, levels
 from PIL import Image
 from predistill.store import ConfigError, DataError
-from predistill.store import pixels as made_by
-from predistill.store.pixels import Processing, check, decode, decode_mask, image_size, pixel_hash, replay, replay_masks
-from predistill.store.views import Recipe, draw, plain, view_seed
+from predistill.store.images import pixels as made_by
+from predistill.store.images.pixels import (
+    Processing,
+    check,
+    decode,
+    decode_mask,
+    image_size,
+    pixel_hash,
+    replay,
+    replay_masks,
+)
+from predistill.store.images.views import Recipe, draw, plain, view_seed
 from transformers.image_transforms import convert_to_rgb
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
@@ -134,7 +143,7 @@ def test_another_process_makes_the_same_pixels(tmp_path: Path) -> None:
     arrays: Any = {**columns, "files": held}
     np.savez(tmp_path / "case.npz", **arrays)
     program = (
-        "import numpy as np, sys, json; from predistill.store.pixels import Processing, pixel_hash, replay;"
+        "import numpy as np, sys, json; from predistill.store.images.pixels import Processing, pixel_hash, replay;"
         "case = dict(np.load(sys.argv[1])); files, partners = case.pop('files').tolist();"
         "processing = Processing.from_json(json.loads(sys.argv[2]));"
         "made = replay([*map(bytes.fromhex, files)], [*map(bytes.fromhex, partners)], case, processing);"

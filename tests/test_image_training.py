@@ -18,8 +18,8 @@ from image_store import CLASSES, NAMES, SIDE, convnet, pictures, pixels_of, writ
 from PIL import Image
 from predistill.store import TeacherStore
 from predistill.store.errors import ConfigError, DataError, StoreCorrupt, StoreMismatch
-from predistill.store.files import Files
-from predistill.store.views import VIEW_FIELDS
+from predistill.store.images.files import Files
+from predistill.store.images.views import VIEW_FIELDS
 from predistill.student_train.config import DistillationConfig
 from predistill.student_train.dataset import ConcatRows, is_store_rows, narrowed, readable
 from predistill.student_train.pixel_rows import PixelRows
@@ -103,7 +103,7 @@ def test_another_process_makes_the_same_bits(store) -> None:
     """By its hash of every row, beside the one that was stored from pixels made another way."""
     script = f"""
         from predistill.store import TeacherStore
-        from predistill.store.pixels import pixel_hash
+        from predistill.store.images.pixels import pixel_hash
         from predistill.student_train.dataset import readable
         for split in ("train", "validation"):
             rows = readable(TeacherStore.open({str(store.path)!r}).select(split=split))

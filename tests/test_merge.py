@@ -19,9 +19,9 @@ from click.testing import CliRunner
 from merge_cases import ATTENTION, HIDDEN, LOGITS, TEXT, content, write
 from predistill.cli import cli
 from predistill.store import ConfigError, StoreCorrupt, StoreMismatch, TeacherStore
-from predistill.store.converting import DropConfig, MergeConfig
-from predistill.store.drop import drop
-from predistill.store.merge import merge
+from predistill.store.convert.config import DropConfig, MergeConfig
+from predistill.store.convert.drop import drop
+from predistill.store.convert.merge import merge
 from predistill.store.verify import verify
 
 
@@ -192,8 +192,8 @@ def test_damage_and_links_are_refused(tmp_path: Path) -> None:
 
 KILLER = """
 import os, signal, sys
-from predistill.store import merge as module
-from predistill.store.converting import MergeConfig
+from predistill.store.convert import merge as module
+from predistill.store.convert.config import MergeConfig
 left, real = [int(sys.argv[1])], module.commit
 def commit(*given):
     left[0] -= 1

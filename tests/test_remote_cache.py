@@ -18,9 +18,9 @@ import pytest
 import synthetic_store
 from classification_store import write_store
 from predistill import ConfigError, OutOfSpace, StoreCorrupt, StoreMismatch, TeacherStore
-from predistill.store import remote
-from predistill.store.cache import Cache
-from predistill.store.remote_store import RemoteStore, open_remote
+from predistill.store.remote import elsewhere as remote
+from predistill.store.remote.cache import Cache
+from predistill.store.remote.opened import RemoteStore, open_remote
 from predistill.store.verify import describe, verify
 from remote_cases import forge, predistill, wide_store
 

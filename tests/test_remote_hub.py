@@ -10,9 +10,9 @@ import pytest
 from hub_server import READER, WRITER, Hub, serving
 from huggingface_hub import constants
 from predistill import PredistillError, TeacherStore
-from predistill.store.pull import pull
-from predistill.store.push import push
-from predistill.store.sharing import PullConfig, PushConfig
+from predistill.store.remote.config import PullConfig, PushConfig
+from predistill.store.remote.pull import pull
+from predistill.store.remote.push import push
 from predistill.store.verify import verify
 from remote_cases import Done, as_json, files_of, predistill, wide_store
 

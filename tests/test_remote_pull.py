@@ -29,13 +29,15 @@ from predistill import (
     StoreMismatch,
     TeacherStore,
 )
-from predistill.store import Plan, ShardPlan, remote, transfer
-from predistill.store.choice import chosen_shards
-from predistill.store.pull import pull
-from predistill.store.remote import FilePlace
-from predistill.store.sharing import PullConfig
+from predistill.store import Plan, ShardPlan
+from predistill.store.images.views import VIEW_FIELDS
+from predistill.store.remote import elsewhere as remote
+from predistill.store.remote import transfer
+from predistill.store.remote.choice import chosen_shards
+from predistill.store.remote.config import PullConfig
+from predistill.store.remote.elsewhere import FilePlace
+from predistill.store.remote.pull import pull
 from predistill.store.verify import verify
-from predistill.store.views import VIEW_FIELDS
 from remote_cases import as_json, files_of, forge, predistill, wide_store
 
 
@@ -224,9 +226,9 @@ def test_another_part_does_not_go_into_the_same_folder(wide: Path, tmp_path: Pat
 
 _SLOW = """
 import sys, time
-from predistill.store import remote, transfer
-from predistill.store.pull import pull
-from predistill.store.sharing import PullConfig
+from predistill.store.remote import elsewhere as remote, transfer
+from predistill.store.remote.pull import pull
+from predistill.store.remote.config import PullConfig
 transfer.CHUNK = 8192
 read = remote.FilePlace.read
 def slow(*words, **named):
@@ -435,14 +437,14 @@ def test_a_store_that_is_replaced_meanwhile(wide: Path, tmp_path: Path, monkeypa
         monkeypatch.setattr(transfer, "read_remote_manifest", read)
         return made
 
-    monkeypatch.setattr("predistill.store.pull.read_remote_manifest", then_replaced)
+    monkeypatch.setattr("predistill.store.remote.pull.read_remote_manifest", then_replaced)
     with pytest.raises(StoreMismatch, match="changed while it was read"):
         take(source, tmp_path / "pulled")
 
 
 def test_columns_of_a_shard_that_changes_meanwhile(wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = shutil.copytree(wide, tmp_path / "source")
-    from predistill.store.ranges import ColumnReader
+    from predistill.store.remote.ranges import ColumnReader
 
     ask = ColumnReader._ask
 

@@ -19,11 +19,12 @@ import pytest
 import synthetic_store
 import yaml
 from predistill import ConfigError, StoreCorrupt, StoreError, StoreIncomplete, StoreMismatch, TeacherStore
-from predistill.store import manifest, remote
-from predistill.store.card import licences_in, store_card
-from predistill.store.push import push
-from predistill.store.remote import FilePlace
-from predistill.store.sharing import PushConfig
+from predistill.store import manifest
+from predistill.store.remote import elsewhere as remote
+from predistill.store.remote.card import licences_in, store_card
+from predistill.store.remote.config import PushConfig
+from predistill.store.remote.elsewhere import FilePlace
+from predistill.store.remote.push import push
 from predistill.store.verify import verify
 from remote_cases import as_json, files_of, predistill, wide_store
 
@@ -89,9 +90,9 @@ def test_memory_is_a_place_too(wide: Path) -> None:
 
 _SLOW = """
 import sys, time
-from predistill.store import remote
-from predistill.store.push import push
-from predistill.store.sharing import PushConfig
+from predistill.store.remote import elsewhere as remote
+from predistill.store.remote.push import push
+from predistill.store.remote.config import PushConfig
 put = remote.FilePlace.put
 def slow(*words):
     time.sleep(0.1)

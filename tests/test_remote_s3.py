@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from predistill import StoreError, StoreIncomplete, StoreMismatch, TeacherStore
-from predistill.store.pull import pull
-from predistill.store.push import push
-from predistill.store.sharing import PullConfig, PushConfig
+from predistill.store.remote.config import PullConfig, PushConfig
+from predistill.store.remote.pull import pull
+from predistill.store.remote.push import push
 from predistill.store.verify import verify
 from remote_cases import files_of, predistill, wide_store
 

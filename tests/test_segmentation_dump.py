@@ -17,10 +17,10 @@ from image_cases import encoded, levels, processor, settings, table
 from PIL import Image
 from predistill.cli import cli
 from predistill.store import ConfigError, PredistillError, TeacherStore
-from predistill.store.files import Files
-from predistill.store.pixels import Processing, decode_mask, pixel_hash, replay, replay_masks
+from predistill.store.images.files import Files
+from predistill.store.images.pixels import Processing, decode_mask, pixel_hash, replay, replay_masks
+from predistill.store.images.views import VIEW_FIELDS
 from predistill.store.verify import verify
-from predistill.store.views import VIEW_FIELDS
 from predistill.teacher_dump.dump import dump
 from torch import Tensor, nn
 from transformers import (

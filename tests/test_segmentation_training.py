@@ -14,7 +14,7 @@ from image_store import CLASSES, SIDE, pictures, pixels_of, write_images
 from PIL import Image
 from predistill.store import TeacherStore
 from predistill.store.errors import ConfigError, DataError
-from predistill.store.views import VIEW_FIELDS
+from predistill.store.images.views import VIEW_FIELDS
 from predistill.student_train.config import DistillationConfig
 from predistill.student_train.dataset import readable
 from predistill.student_train.losses.terms import Term

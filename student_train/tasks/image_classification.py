@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...store.errors import ConfigError, DataError
-from ...store.pixels import PIXEL_HASH, PIXEL_VALUES, Processing
+from ...store.images.pixels import PIXEL_HASH, PIXEL_VALUES, Processing
 from ...store.probe import evaluating
 from ..losses.terms import Term
 from ..objective import Batch, Evaluated, Step, logits_of

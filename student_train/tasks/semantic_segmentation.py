@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from ...store.errors import ConfigError, DataError
-from ...store.pixels import MASK
+from ...store.images.pixels import MASK
 from ...store.schema import LABELS, LOGITS, MISSING_LABEL
 from ..losses.catalogue import SINGLE_LABEL
 from ..losses.rows import row_loss

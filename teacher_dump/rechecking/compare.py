@@ -13,7 +13,7 @@ import numpy as np
 
 from ...store import FieldSpec, schema
 from ...store.codecs import codec_of
-from ...store.pixels import PIXEL_HASH
+from ...store.images.pixels import PIXEL_HASH
 
 UNITS, UNITS_OF_HALF = 64, 16  # in the last place, of the largest value of a batch: float32; float16 and bfloat16
 _NO_LOGIT = -3e4  # ruled out by the teacher: as a logit, the least that float16 holds

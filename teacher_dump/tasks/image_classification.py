@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 
 from ...store.head import logits_of
-from ...store.pixels import PIXEL_HASH
+from ...store.images.pixels import PIXEL_HASH
 from ...store.schema import LABELS
 from ..classes import Classes
 from ..config import DumpConfig

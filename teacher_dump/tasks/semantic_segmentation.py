@@ -13,7 +13,7 @@ import torch
 
 from ...store import ConfigError, DataError, FieldSpec
 from ...store.head import logits_of
-from ...store.pixels import MASK, PIXEL_HASH, decode_mask, replay_masks
+from ...store.images.pixels import MASK, PIXEL_HASH, decode_mask, replay_masks
 from ...store.schema import LOGITS, MISSING_LABEL
 from ..classes import REAL_SUMMARIES
 from ..config import AUTO, NO_COLUMN, DumpConfig
