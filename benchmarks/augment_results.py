@@ -15,10 +15,9 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
-from predistill.benchmarks.measure import WORK, note, options, quiet, table
-from predistill.benchmarks.seeds import measured, seed_cells
+from predistill.benchmarks.measure import WORK, note, quiet, table
+from predistill.benchmarks.seeds import TRAINING, arguments, measured, seed_cells
 
-SEEDS = (1, 2, 3)
 ROWS, VIEWS, STEPS = 250, 10, 86
 ARMS = ("few rows", "few rows, augmented", "as many rows")
 
@@ -96,17 +95,12 @@ def train_student(run: Run) -> None:
             "temperature": 2.0,
             "alpha": 0.9,
             "training_arguments": {
+                **TRAINING,
                 "max_steps": STEPS,
                 "learning_rate": 1e-4,
                 "per_device_train_batch_size": 32,
                 "per_device_eval_batch_size": 32,
-                "warmup_steps": 0.1,
                 "seed": run.seed,
-                "eval_strategy": "steps",
-                "eval_steps": 10**6,  # at the end alone
-                "save_strategy": "no",
-                "report_to": [],
-                "use_cpu": True,
             },
         }
     )
@@ -122,15 +116,8 @@ def report(arms: list[str], seeds: tuple[int, ...]) -> None:
 
 
 def main() -> None:
-    parser = options(__doc__)
-    parser.add_argument("--arm", choices=ARMS, action="append", help="default: all")
-    parser.add_argument("--child", help="for itself")
-    args = parser.parse_args()
-    if args.child:
-        with quiet():
-            train_student(Run(*json.loads(args.child)))
-    else:
-        report(args.arm or list(ARMS), SEEDS[:1] if args.quick else SEEDS)
+    args = arguments(__doc__, ARMS, Run, train_student)
+    report(args.arm, args.seeds)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ warm-up over 10 % and decay; each run is a process of one thread.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from predistill.benchmarks.ensemble_teachers import HELD_OUT, MEMBERS, member
-from predistill.benchmarks.measure import WORK, note, options, quiet, table
-from predistill.benchmarks.seeds import all_measured, seed_cells
+from predistill.benchmarks.measure import WORK, note, quiet, table
+from predistill.benchmarks.seeds import TRAINING, all_measured, arguments, seed_cells
 
-SEEDS = (1, 2, 3)
 TRAIN, TUNE = 4000, 1000  # rows
 STUDENT, EPOCHS, RATE, TEMPERATURE = "from-teacher-layers:2,5", 2, 1e-4, 2.0
 ARMS = {"best single teacher": "", "ensemble, equal weights": "equal", "ensemble, learned weights": "learned",
@@ -135,18 +133,13 @@ def train_student(run: Run) -> None:
             "eval_split": "validation",
             **more,
             "training_arguments": {
+                **TRAINING,
                 "num_train_epochs": EPOCHS,
                 "learning_rate": RATE,
                 "per_device_train_batch_size": 32,
                 "per_device_eval_batch_size": 32,
                 "train_sampling_strategy": "group_by_length",
-                "warmup_steps": 0.1,
                 "seed": run.seed,
-                "eval_strategy": "steps",
-                "eval_steps": 10_000,
-                "save_strategy": "no",
-                "report_to": [],
-                "use_cpu": True,
             },
         }
     )
@@ -161,15 +154,8 @@ def report(arms: Sequence[str], seeds: Sequence[int]) -> None:
 
 
 def main() -> None:
-    parser = options(__doc__)
-    parser.add_argument("--arm", choices=list(ARMS), action="append", help="default: all")
-    parser.add_argument("--child", help="for itself")
-    args = parser.parse_args()
-    if args.child:
-        with quiet():
-            train_student(Run(*json.loads(args.child)))
-        return
-    report(args.arm or list(ARMS)[: 2 if args.quick else None], SEEDS[:1] if args.quick else SEEDS)
+    args = arguments(__doc__, ARMS, Run, train_student)
+    report(args.arm, args.seeds)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ run. Temperature, alpha and the learning rate were not searched. Each run is a p
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -26,10 +25,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from predistill.benchmarks.image_teacher import SLIM, images, resnet, teacher
-from predistill.benchmarks.measure import DATA, WORK, alternate, note, options, quiet, ratio, table
-from predistill.benchmarks.seeds import all_measured, seed_cells
+from predistill.benchmarks.measure import DATA, WORK, alternate, note, quiet, ratio, table
+from predistill.benchmarks.seeds import TRAINING, all_measured, arguments, seed_cells
 
-SEEDS = (1, 2, 3)
 FEW, VIEWS, STEPS = 100, 10, 1000
 ARMS = {  # views of each image
     "few": 1, "few, views": VIEWS, "few + teacher": 1, "few + teacher, views": VIEWS, "500 + teacher": 1,
@@ -95,19 +93,14 @@ def train_student(run: Run) -> float:
             "where": "source_index < 500" if run.arm.startswith("500") else None,
             "alpha": ALPHA if "teacher" in run.arm else 0.0,
             "training_arguments": {
+                **TRAINING,
                 "max_steps": run.steps,
-                "eval_strategy": "steps",
-                "eval_steps": run.steps,
                 "learning_rate": 3e-3,
                 "lr_scheduler_type": "cosine",
-                "warmup_steps": 0.1,
                 "per_device_train_batch_size": 64,
                 "per_device_eval_batch_size": 250,
                 "seed": run.seed,
-                "save_strategy": "no",
                 "logging_steps": 250,
-                "report_to": [],
-                "use_cpu": True,
             },
         }
     )
@@ -159,16 +152,9 @@ def passes(model: Any, batches: Sequence[Any]) -> None:
 
 
 def main() -> None:
-    parser = options(__doc__)
-    parser.add_argument("--arm", choices=list(ARMS), action="append", help="default: all")
-    parser.add_argument("--child", help="for itself")
-    args = parser.parse_args()
-    if args.child:
-        with quiet():
-            train_student(Run(*json.loads(args.child)))
-        return
+    args = arguments(__doc__, ARMS, Run, train_student)
     sizes()
-    report(args.arm or list(ARMS), SEEDS[:1] if args.quick else SEEDS, STEPS // 10 if args.quick else STEPS)
+    report(args.arm, args.seeds, STEPS // 10 if args.quick else STEPS)
 
 
 if __name__ == "__main__":

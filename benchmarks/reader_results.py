@@ -15,14 +15,12 @@ own measures. One run after another, each a process of one thread.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from predistill.benchmarks.measure import WORK, note, options, quiet, table
-from predistill.benchmarks.seeds import measured, seed_cells
+from predistill.benchmarks.measure import WORK, note, quiet, table
+from predistill.benchmarks.seeds import TRAINING, arguments, measured, seed_cells
 
-SEEDS = (1, 2, 3)
 QUESTIONS, VIEWS = 960, 3
 STUDENT = "from-teacher-layers:3,6"
 STEPS, INNER_STEPS = 60, 40  # of 32 rows: two epochs of 960 questions, and more than one
@@ -99,17 +97,12 @@ def train_student(run: Run) -> None:
             "output_dir": str(run.folder),
             "overwrite_output_dir": True,
             "training_arguments": {
+                **TRAINING,
                 "max_steps": run.steps,
                 "learning_rate": run.rate,
                 "per_device_train_batch_size": 32,
                 "per_device_eval_batch_size": 32,
-                "warmup_steps": 0.1,
                 "seed": run.seed,
-                "eval_strategy": "steps",
-                "eval_steps": 10**6,  # at the end alone
-                "save_strategy": "no",
-                "report_to": [],
-                "use_cpu": True,
             },
         }
     )
@@ -128,15 +121,8 @@ def report(arms: list[str], seeds: tuple[int, ...]) -> None:
 
 
 def main() -> None:
-    parser = options(__doc__)
-    parser.add_argument("--arm", choices=list(ARMS), action="append", help="default: all")
-    parser.add_argument("--child", help="for itself")
-    args = parser.parse_args()
-    if args.child:
-        with quiet():
-            train_student(Run(*json.loads(args.child)))
-    else:
-        report(args.arm or list(ARMS), SEEDS[:1] if args.quick else SEEDS)
+    args = arguments(__doc__, ARMS, Run, train_student)
+    report(args.arm, args.seeds)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from predistill.benchmarks.image_teacher import MEAN
-from predistill.benchmarks.measure import DATA, WORK, note, options, quiet, table
-from predistill.benchmarks.seeds import all_measured, seed_cells
+from predistill.benchmarks.measure import DATA, WORK, note, quiet, table
+from predistill.benchmarks.seeds import TRAINING, all_measured, arguments, seed_cells
 
-SEEDS = (1, 2, 3)
 SIZE, DIGITS, CLASSES = 64, 4, 11
 SCENES = {"train": 1500, "test": 300}
 FEW, STEPS, BATCH, RATE = 60, 600, 16, 2e-3
@@ -169,19 +168,14 @@ def train_student(run: Run) -> None:
             "alpha": ARMS[run.arm],
             "where": None if ARMS[run.arm] else "teacher_loss IS NOT NULL AND NOT isnan(teacher_loss)",
             "training_arguments": {
+                **TRAINING,
                 "max_steps": run.steps,
-                "eval_strategy": "steps",
-                "eval_steps": run.steps,
                 "learning_rate": RATE,
                 "lr_scheduler_type": "cosine",
-                "warmup_steps": 0.1,
                 "per_device_train_batch_size": BATCH,
                 "per_device_eval_batch_size": 50,
                 "seed": run.seed,
-                "save_strategy": "no",
                 "logging_steps": 100,
-                "report_to": [],
-                "use_cpu": True,
             },
         }
     )
@@ -206,23 +200,16 @@ def teacher_iou() -> tuple[float, int]:
 
 
 def main() -> None:
-    parser = options(__doc__)
-    parser.add_argument("--child", help="for itself")
-    args = parser.parse_args()
-    if args.child:
-        with quiet():
-            train_student(Run(*json.loads(args.child)))
-        return
-    seeds = SEEDS[:1] if args.quick else SEEDS
-    runs = [Run(arm, seed, STEPS // 10 if args.quick else STEPS) for seed in seeds for arm in ARMS]
+    args = arguments(__doc__, ARMS, Run, train_student)
+    runs = [Run(arm, seed, STEPS // 10 if args.quick else STEPS) for seed in args.seeds for arm in args.arm]
     (reached, parameters), _ = teacher_iou(), store()
     found = dict(zip(runs, all_measured(__file__, "eval_mean_iou", runs), strict=True))
-    rows: list[list[object]] = [["the teacher", *("" for _ in seeds), f"{100 * reached:.1f}", ""]]
-    for arm in ARMS:
+    rows: list[list[object]] = [["the teacher", *("" for _ in args.seeds), f"{100 * reached:.1f}", ""]]
+    for arm in args.arm:
         rows.append([arm, *seed_cells([100 * value for run, value in found.items() if run.arm == arm], 1)])
     student = json.loads((runs[0].folder / "metrics.json").read_text())["student_parameters"]
     print(f"scenes: {FEW} masks of {SCENES['train']}; teacher {parameters:,} parameters, student {student:,}\n")
-    table(["mean IoU", *(f"seed {seed}" for seed in seeds), "mean", "standard deviation"], rows)
+    table(["mean IoU", *(f"seed {seed}" for seed in args.seeds), "mean", "standard deviation"], rows)
 
 
 if __name__ == "__main__":

@@ -30,11 +30,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from predistill.benchmarks.measure import DATA, WORK, note, options, quiet, table
-from predistill.benchmarks.seeds import all_measured, seed_cells
+from predistill.benchmarks.measure import DATA, WORK, note, quiet, table
+from predistill.benchmarks.seeds import TRAINING, all_measured, arguments, seed_cells
 from predistill.benchmarks.tagger_teacher import FOLDER, TASK, read_rows
 
-SEEDS = (1, 2, 3)
 FEW, HELD_OUT, NEWS = 1000, 400, 3000  # rows
 METRIC = "eval_f1"
 VECTOR_SIZE = 100
@@ -168,17 +167,12 @@ def train_student(run: Run) -> None:
             "eval_split": "tune" if run.tune else "validation",
             "where": f"source_index < {held_out} OR source_index >= {held_out + HELD_OUT}" if run.tune else None,
             "training_arguments": {
+                **TRAINING,
                 "num_train_epochs": run.epochs,
                 "learning_rate": run.rate,
                 "per_device_train_batch_size": 16,
                 "per_device_eval_batch_size": 64,
-                "eval_strategy": "steps",
-                "eval_steps": 100_000,  # so at the end alone
-                "warmup_steps": 0.1,
                 "seed": run.seed,
-                "save_strategy": "no",
-                "report_to": [],
-                "use_cpu": True,
             },
         }
     )
@@ -223,16 +217,8 @@ def report(names: Sequence[str], seeds: Sequence[int], tune: bool) -> None:
 
 
 def main() -> None:
-    parser = options(__doc__)
-    parser.add_argument("--arm", choices=list(ARMS), action="append", help="default: all")
-    parser.add_argument("--tune", action="store_true", help="on held-out training rows, one seed")
-    parser.add_argument("--child", help="for itself")
-    args = parser.parse_args()
-    if args.child:
-        with quiet():
-            train_student(Run(*json.loads(args.child)))
-        return
-    report(args.arm or list(ARMS), SEEDS[:1] if args.quick or args.tune else SEEDS, args.tune)
+    args = arguments(__doc__, ARMS, Run, train_student, tune="on held-out training rows, one seed")
+    report(args.arm, args.seeds[:1] if args.tune else args.seeds, args.tune)
 
 
 if __name__ == "__main__":

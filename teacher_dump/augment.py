@@ -15,7 +15,6 @@ from .augmentation.config import AugmentConfig
 from .augmentation.masked_lm import MaskedLM
 from .augmentation.neighbours import Neighbours, file_neighbours
 from .augmentation.parts import Work, part_bounds
-from .augmentation.progress import AugmentProgress
 from .augmentation.rewrite import View, views
 from .augmentation.squad_json import Squad, read_squad
 from .augmentation.table import Table
@@ -23,7 +22,7 @@ from .augmentation.words import Passage
 from .config import named_paths
 from .data import load_rows
 from .disk import free_bytes, out_of_space
-from .progress import say
+from .progress import WordProgress, say
 from .teacher import Teacher
 
 _SETTINGS = (
@@ -114,7 +113,7 @@ def _run_parts(
     candidates = _candidates(config, teacher)
     rows, left = sum(stop - start for _, start, stop in parts), sum(sum(words[a:b]) for _, a, b in parts)
     say(f"{rows} rows with {left} words to rewrite, {config.multiplication_factor} times each, in {len(parts)} parts")
-    with AugmentProgress(rows, left) as progress:
+    with WordProgress(rows, left) as progress:
         for at, start, stop in parts:
             passages = source.passages(start, stop)
             choices = iter(candidates.of([one for row in passages for one in row]))
@@ -125,7 +124,7 @@ def _run_parts(
                                   config.replace_probability, config.seed)
             )  # fmt: skip
             work.keep(at, made)
-            progress.advance(stop - start, sum(words[start:stop]))
+            progress.passed(stop - start, sum(words[start:stop]))
 
 
 def _candidates(config: AugmentConfig, teacher: Teacher) -> Candidates:

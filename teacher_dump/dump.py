@@ -230,7 +230,7 @@ def _run_shard(job: Job, ready: Prepared, capture: Capture, keeper: ShardKeeper,
     background.put(keeper.keep_inputs)
     for rows in token_batches(lengths, job.tokens_per_batch):
         background.put(partial(keeper.keep, rows, capture(ready.samples, rows)))
-        progress.advance(len(rows), int(lengths[rows].sum()))
+        progress.passed(len(rows), int(lengths[rows].sum()))
     background.put(keeper.commit)
 
 

@@ -33,9 +33,8 @@ from .importing.config import LOGITS, UNKNOWN, ImportConfig
 from .importing.files import Sources, find
 from .importing.formats import Format, Reader
 from .importing.numbers import Unfit
-from .importing.progress import ImportProgress
 from .importing.rows import Kept, kept
-from .progress import say
+from .progress import RowProgress, say
 
 _INDEX_BYTES = 150  # a row of index.duckdb and samples.parquet
 _TOLD = 5  # rows that do not fit, named in one refusal
@@ -68,7 +67,7 @@ def _survey(sources: Sources, reader: Reader) -> Survey:
     """Every row once. Raises DataError naming those that do not fit."""
     found, wrong, first = Survey(), 0, ""
     named: list[str] = []
-    with ImportProgress("rows checked") as progress:
+    with RowProgress("rows checked") as progress:
         for split in sources.splits:
             for number, row in enumerate(sources.read(split, reader.columns)):
                 try:
@@ -76,7 +75,7 @@ def _survey(sources: Sources, reader: Reader) -> Survey:
                 except Unfit as error:
                     wrong, first = wrong + 1, first or str(error)
                     named += [f"split {split}, row {number}"] if len(named) < _TOLD else []
-                progress.advance()
+                progress.passed()
             if split not in found.rows and not wrong:
                 raise DataError(f"split {split}: a row expected; its files have none")
     if wrong:
@@ -157,14 +156,14 @@ def _write(sources: Sources, reader: Reader, writer: StoreWriter, missing: list[
     """Shards one after another; rows of those that are committed are passed over."""
     place = ("", 0)
     rows: Iterator[dict[str, Any]] = iter(())
-    with ImportProgress("rows written", sum(shard.stop - shard.start for shard in missing)) as progress:
+    with RowProgress("rows written", sum(shard.stop - shard.start for shard in missing)) as progress:
         for shard in missing:
             if place != (shard.split, shard.start):
                 rows = sources.read(shard.split, reader.columns, shard.start)
             piece = []
             for _ in range(shard.stop - shard.start):
                 piece.append(_again(reader, next(rows, None), shard))
-                progress.advance()
+                progress.passed()
             place = (shard.split, shard.stop)
             builder = writer.open_shard(shard, len(piece), lengths(piece))
             fill(builder, piece)

@@ -1,62 +1,72 @@
-"""Rows, tokens a second, bytes written, time left: on stderr, after a second, where that is a terminal."""
+"""Lines and bars on stderr: how far a dump is, an import, augmented rows."""
 
 from __future__ import annotations
 
-import os
 import sys
-import time
 
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TimeRemainingColumn
 
+from ..store.progress import Bar, is_first_rank
 from .shards import Tally
-
-_PATIENCE = 1.0  # seconds before a bar is shown
 
 
 def say(line: str) -> None:
-    """One line for a person, on stderr; of several ranks, the first one's."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    """One line for a person; of several ranks, the first one's."""
+    if is_first_rank():
         print(line, file=sys.stderr, flush=True)
 
 
-class DumpProgress:
+class DumpProgress(Bar):
     """Follows a dump of about `rows` stored rows and `tokens` tokens; the tokens are what time goes by."""
 
     def __init__(self, rows: float, tokens: float, tally: Tally, unit: str = "tokens"):
         self._rows, self._left, self._tally = rows, tokens, tally
-        self._began, self._shown = time.perf_counter(), False
-        console = Console(stderr=True)
-        self._bars = Progress(
-            TextColumn("{task.fields[rows]} rows"), BarColumn(), TextColumn(f"{{task.fields[speed]}} {unit}/s"),
-            TextColumn("{task.fields[written]} written"), TimeRemainingColumn(elapsed_when_finished=True),
-            console=console, disable=not console.is_terminal or int(os.environ.get("RANK", "0")) > 0,
+        super().__init__(
+            tokens, "{task.fields[rows]} rows", BarColumn(), f"{{task.fields[speed]}} {unit}/s",
+            "{task.fields[written]} written", TimeRemainingColumn(elapsed_when_finished=True),
+            rows=f"0/{rows:.0f}", speed="–", written="0",
         )  # fmt: skip
-        self._bar = self._bars.add_task("dump", total=tokens, rows=f"0/{rows:.0f}", speed="–", written="0")
 
     def expect(self, rows: float, tokens: float) -> None:
         """A shard turned out to have so many more rows and tokens than was thought."""
         self._rows += rows
         self._left += tokens
 
-    def advance(self, rows: int, tokens: int) -> None:
+    def passed(self, rows: int, tokens: int) -> None:
         self._tally.rows += rows
         self._tally.tokens += tokens
-        seconds = time.perf_counter() - self._began
-        if self._bars.disable or seconds < _PATIENCE:
-            return
-        if not self._shown:
-            self._bars.start()
-            self._shown = True
-        self._bars.update(
-            self._bar, completed=self._tally.tokens, total=self._left, rows=f"{self._tally.rows}/{self._rows:.0f}",
-            speed=f"{self._tally.tokens / seconds:,.0f}", written=decimal(self._tally.bytes),
+        self.advance(
+            tokens, total=self._left, rows=f"{self._tally.rows}/{self._rows:.0f}",
+            speed=self.speed(self._tally.tokens), written=decimal(self._tally.bytes),
         )  # fmt: skip
 
-    def __enter__(self) -> DumpProgress:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._shown:
-            self._bars.stop()
+class RowProgress(Bar):
+    """Follows rows; where it is not known how many there are, no end is shown. what: "rows checked"."""
+
+    def __init__(self, what: str, total: int | None = None):
+        self._rows = 0
+        super().__init__(
+            total, f"{{task.completed:,.0f}} {what}", BarColumn(), "{task.fields[speed]} rows/s", speed="–"
+        )
+
+    def passed(self, rows: int = 1) -> None:
+        self._rows += rows
+        self.advance(rows, speed=self.speed(self._rows))
+
+
+class WordProgress(Bar):
+    """Follows `words` words of `rows` rows; words are what time goes by."""
+
+    def __init__(self, rows: int, words: int):
+        self._rows, self._words, self._of = 0, 0, rows
+        super().__init__(
+            words, "{task.fields[rows]} rows", BarColumn(), "{task.fields[speed]} words/s",
+            TimeRemainingColumn(elapsed_when_finished=True), rows=f"0/{rows}", speed="–",
+        )  # fmt: skip
+
+    def passed(self, rows: int, words: int) -> None:
+        self._rows += rows
+        self._words += words
+        self.advance(words, rows=f"{self._rows}/{self._of}", speed=self.speed(self._words))

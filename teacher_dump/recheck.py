@@ -21,10 +21,9 @@ from .given import lent, teacher_of
 from .importing.config import UNKNOWN
 from .inner import implementation
 from .inner_task import InnerTask, is_of_logits
-from .progress import say
+from .progress import RowProgress, say
 from .rechecking.compare import Deviation, compare, noise_of
 from .rechecking.config import RecheckConfig
-from .rechecking.progress import RecheckProgress
 from .rechecking.stored import config_of, inner_of, samples_of, source_of
 from .rechecking.tokens import AtStored, stored_ids
 from .tasks import TASKS, Samples, task_class
@@ -122,7 +121,7 @@ def _compare(job: Job) -> dict[str, Deviation]:
     found = {spec.name: Deviation() for spec in job.columns}
     extra = [name for name in _IDS if name in job.store.fields]
     rows = job.store.select(fields=[*found, *extra])
-    with RecheckProgress(len(job.ids)) as progress:
+    with RowProgress("rows run again", len(job.ids)) as progress:
         for batch in token_batches(job.samples.lengths["S"], job.per_batch):
             stored = rows[job.ids[batch]]
             mask = stored.get(schema.ATTENTION_MASK, np.zeros((0, 0))).astype(bool)  # images have none
@@ -132,7 +131,7 @@ def _compare(job: Job) -> dict[str, Deviation]:
             now = job.task.outputs(job.samples, batch, captured)
             for name, away, bounds, owner in _pairs(job, stored, now, mask, entries, batch):
                 found[name].add(away, bounds, owner)
-            progress.advance(len(batch))
+            progress.passed(len(batch))
     return found
 
 

@@ -22,7 +22,7 @@ from ..atomic import out_of_space, write_text
 from ..errors import ConfigError, StoreCorrupt
 from ..identity import digest
 from ..manifest import shard_path
-from ..progress import Bar
+from ..progress import bytes_bar
 from ..reader import TeacherStore
 from ..shard import fsync_folder
 from ..verify import KNOWN
@@ -111,7 +111,7 @@ def _make(store: TeacherStore, rows: Going, work: Path, found: Mapping[str, Any]
     plan = plan_of(store)
     manifest.write_json(new / manifest.PLAN, plan.to_json())
     touched, done = _touched(store, rows), manifest.committed(new, plan)
-    with Bar("drop", sum(store.manifest["shards"][at]["bytes"] for at in touched)) as bar:
+    with bytes_bar("drop", sum(store.manifest["shards"][at]["bytes"] for at in touched)) as bar:
         for at, shard in enumerate(store.shards):
             if shard.name in done:
                 continue

@@ -18,7 +18,7 @@ from ..atomic import out_of_space
 from ..errors import ConfigError
 from ..identity import file_sha256
 from ..mapped import MappedShard
-from ..progress import Bar
+from ..progress import bytes_bar
 from ..reader import TeacherStore
 from ..shard import ShardPlan, fsync_folder
 from ..writer import take_lock
@@ -59,7 +59,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
 
 def _files(store: TeacherStore, config: ExportConfig, output: Path, write: Write) -> list[dict[str, Any]]:
     made, plan = [], plan_of(store)
-    with Bar("export", sum(entry["bytes"] for entry in store.manifest["shards"])) as bar:
+    with bytes_bar("export", sum(entry["bytes"] for entry in store.manifest["shards"])) as bar:
         for at, (shard, entry) in enumerate(zip(store.shards, store.manifest["shards"], strict=True)):
             path = output / f"{shard.name}{SUFFIXES[config.format]}"
             if not path.exists():

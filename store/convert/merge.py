@@ -22,7 +22,7 @@ from ..identity import digest
 from ..images.views import NOBODY, VIEW_MIX_WITH
 from ..manifest import MANIFEST, Plan
 from ..mapped import MappedShard
-from ..progress import Bar
+from ..progress import bytes_bar
 from ..reader import TeacherStore
 from ..verify import describe
 from ..writer import StoreWriter
@@ -118,7 +118,7 @@ def _write(stores: Sequence[TeacherStore], pieces: Sequence[Piece], writer: Stor
     missing = {shard.name for shard in writer.missing()}
     plans, shards = [plan_of(store) for store in stores], dict[tuple[int, int], MappedShard]()
     left = [piece for piece in pieces if piece.plan.name in missing]
-    with Bar("merge", sum(_bytes(stores, piece) for piece in left)) as bar:
+    with bytes_bar("merge", sum(_bytes(stores, piece) for piece in left)) as bar:
         for piece in left:
             shards = {
                 key: shards[key] for key in _keys(piece) if key in shards

@@ -20,7 +20,7 @@ from ..convert.recut import commit, shard_batch
 from ..errors import StoreCorrupt, StoreError, StoreMismatch
 from ..manifest import Plan, shard_path
 from ..mapped import MappedShard
-from ..progress import Bar
+from ..progress import Bar, bytes_bar
 from ..schema import ADDRESS_COLUMNS
 from ..shard import ShardPlan
 from ..verify import check_structure
@@ -55,7 +55,7 @@ def pull(config: PullConfig) -> dict[str, Any]:
         job = _Pull(place, made, whole, plan, folder)
         missing = job.begin(entries)
         check_room(folder, sum(entries[shard.name]["bytes"] for shard in missing) if plan is whole else 0)
-        with Bar("pull", sum(entries[shard.name]["bytes"] for shard in missing)) as bar:
+        with bytes_bar("pull", sum(entries[shard.name]["bytes"] for shard in missing)) as bar:
             job.bar = bar
             at_once(config.jobs, lambda shard: job.shard(shard, entries[shard.name]), missing, job.stop)
             fetch_files(place, folder, made, without=(manifest.SAMPLES,))

@@ -17,7 +17,7 @@ from .. import manifest
 from ..convert.recut import plain_file
 from ..errors import ConfigError, StoreCorrupt, StoreError, StoreMismatch
 from ..identity import file_sha256
-from ..progress import Bar
+from ..progress import bytes_bar
 from ..verify import verify
 from .card import licences_in, store_card
 from .config import LICENCES, PushConfig
@@ -104,7 +104,7 @@ def _push_files(
     others = [name for name in files if not name.startswith(f"{manifest.SHARDS}/") and name != manifest.PLAN]
     sent, counting = 0, threading.Lock()
 
-    with Bar("push", sum(entry["bytes"] for entry in files.values())) as bar:
+    with bytes_bar("push", sum(entry["bytes"] for entry in files.values())) as bar:
 
         def send(name: str) -> None:
             nonlocal sent
