@@ -12,15 +12,14 @@ import argparse
 import gzip
 import json
 import random
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from predistill.benchmarks.measure import DATA, WORK, note
-from predistill.benchmarks.teachers import MAX_LENGTH, backbone
-from transformers import AutoModelForTokenClassification, AutoTokenizer, get_linear_schedule_with_warmup
+from predistill.benchmarks.measure import DATA, WORK
+from predistill.benchmarks.teachers import MAX_LENGTH, backbone, like_lengths, optimize
+from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 TASK = "wnut17"
 FOLDER = WORK / "teachers" / TASK
@@ -41,21 +40,8 @@ def fine_tune(output: Path, *, epochs: int, learning_rate: float, batch_size: in
         backbone(), id2label=dict(enumerate(NAMES)), label2id={name: at for at, name in enumerate(NAMES)}
     )
     model.base_model.embeddings.requires_grad_(False)
-    rows = encode(tokenizer, read_rows())
-    learnt = [one for one in model.parameters() if one.requires_grad]
-    optimizer = torch.optim.AdamW(learnt, lr=learning_rate, fused=True)
-    steps = epochs * -(-len(rows) // batch_size)
-    schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
-    model.train()
-    for epoch in range(epochs):
-        start = time.perf_counter()
-        for batch in batches(rows, batch_size, random.Random(seed + epoch), tokenizer):
-            model(**batch).loss.backward()
-            torch.nn.utils.clip_grad_norm_(learnt, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-        note(f"{TASK}: epoch {epoch + 1} of {epochs} in {time.perf_counter() - start:.0f} s")
+    optimize(model, tokenizer, encode(tokenizer, read_rows()), name=TASK, epochs=epochs, learning_rate=learning_rate,
+             batch_size=batch_size, seed=seed, batched=batches)  # fmt: skip
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     return entity_f1(model, encode(tokenizer, read_rows(evaluation=True)), tokenizer)
@@ -76,13 +62,7 @@ def encode(tokenizer: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def batches(rows: list[dict[str, Any]], size: int, order: random.Random, tokenizer: Any) -> Iterator[Any]:
-    """Shuffled batches of rows of like length: each window of 50 batches is sorted, then its batches mixed."""
-    shuffled = order.sample(range(len(rows)), len(rows))
-    grouped = []
-    for start in range(0, len(shuffled), 50 * size):
-        window = sorted(shuffled[start : start + 50 * size], key=lambda row: len(rows[row]["input_ids"]))
-        grouped += [window[first : first + size] for first in range(0, len(window), size)]
-    for chosen in order.sample(grouped, len(grouped)):
+    for chosen in like_lengths(rows, size, order):
         batch = tokenizer.pad([{"input_ids": rows[row]["input_ids"]} for row in chosen], return_tensors="pt")
         labels = torch.full_like(batch["input_ids"], -100)
         for place, row in enumerate(chosen):

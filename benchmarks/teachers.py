@@ -20,7 +20,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +66,19 @@ def fine_tune(task: str, output: Path, *, epochs: int, learning_rate: float, bat
 
 def optimize(
     model: Any, tokenizer: Any, rows: list[dict[str, Any]], *, name: str, epochs: int, learning_rate: float,
-    batch_size: int, seed: int,
+    batch_size: int, seed: int, batched: Callable[..., Iterator[Any]] | None = None,
 ) -> None:  # fmt: skip
-    """Train `model` where it is. rows: input_ids and labels, as `encode` gives them."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=True)
+    """Train what `model` does not hold still. rows: as `encode` gives them. batched: in place of `batches`."""
+    learnt = [one for one in model.parameters() if one.requires_grad]
+    optimizer = torch.optim.AdamW(learnt, lr=learning_rate, fused=True)
     steps = epochs * -(-len(rows) // batch_size)
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     model.train()
     for epoch in range(epochs):
         start = time.perf_counter()
-        for batch in batches(rows, batch_size, random.Random(seed + epoch), tokenizer):
+        for batch in (batched or batches)(rows, batch_size, random.Random(seed + epoch), tokenizer):
             model(**batch).loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(learnt, 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
@@ -90,14 +91,18 @@ def encode(tokenizer: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def batches(rows: list[dict[str, Any]], size: int, order: random.Random, tokenizer: Any) -> Iterator[Any]:
+    for chosen in like_lengths(rows, size, order):
+        yield tokenizer.pad([rows[row] for row in chosen], return_tensors="pt")
+
+
+def like_lengths(rows: list[dict[str, Any]], size: int, order: random.Random) -> list[list[int]]:
     """Shuffled batches of rows of like length: each window of 50 batches is sorted, then its batches mixed."""
     shuffled = order.sample(range(len(rows)), len(rows))
     grouped = []
     for start in range(0, len(shuffled), 50 * size):
         window = sorted(shuffled[start : start + 50 * size], key=lambda row: len(rows[row]["input_ids"]))
         grouped += [window[first : first + size] for first in range(0, len(window), size)]
-    for rows_of_batch in order.sample(grouped, len(grouped)):
-        yield tokenizer.pad([rows[row] for row in rows_of_batch], return_tensors="pt")
+    return order.sample(grouped, len(grouped))
 
 
 @torch.inference_mode()

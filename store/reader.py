@@ -176,6 +176,11 @@ class TeacherRows:
         specs = [spec for name, spec in self.store.fields.items() if name in wanted]
         return TeacherRows(self.store, self._ids, specs, self.split, stored)
 
+    def kept(self, wanted: np.ndarray) -> TeacherRows:
+        """Those of the rows that bool [N] says."""
+        ids = self._ids if wanted.all() else self.sample_ids[wanted]
+        return TeacherRows(self.store, ids, self.specs, self.split, self.stored)
+
     @property
     def sample_ids(self) -> np.ndarray:
         """int64 [N]: positions in the whole store, the `sample_id` of the index."""

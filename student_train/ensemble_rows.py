@@ -19,7 +19,7 @@ import torch
 from ..store.errors import DataError
 from ..store.reader import TeacherRows
 from ..store.schema import ATTENTION_MASK, NO_WORD, WORD_IDS
-from .dataset import narrowed
+from .dataset import RowsOver, narrowed
 from .ensemble import combined, confidence_weights
 from .losses.catalogue import SINGLE_LABEL
 
@@ -86,28 +86,28 @@ class Member:
         return Member(only(self.rows, names), self.order, self.classes)
 
 
-class EnsembleRows:
+class EnsembleRows(RowsOver):
     """Rows of the leading store, whose averaged columns are those of all teachers.
 
     It is read as rows of a store are: `rows[[4, 1]]`, `rows.batches(…)`, `rows.column("labels")`.
     """
 
     def __init__(self, lead: Any, members: Sequence[Member], combination: Combination) -> None:
-        self.lead, self.members, self.combination = lead, list(members), combination
+        self.rows, self.members, self.combination = lead, list(members), combination
         self.store = lead.store
 
     @property
     def lengths(self) -> np.ndarray:
-        return self.lead.lengths
+        return self.rows.lengths
 
     @property
     def sample_ids(self) -> np.ndarray:
         """Of the leading store."""
-        return self.lead.sample_ids
+        return self.rows.sample_ids
 
     @property
     def nbytes(self) -> int:
-        return self.lead.nbytes + sum(one.rows.nbytes for one in self.members)
+        return self.rows.nbytes + sum(one.rows.nbytes for one in self.members)
 
     def narrowed(self, fields: Sequence[str], stored: Sequence[str] = ()) -> EnsembleRows:
         """Averaged columns are decoded; where none is asked for, the other stores are not read."""
@@ -115,27 +115,18 @@ class EnsembleRows:
         kept = [name for name in stored if name not in averaged]
         wanted = [name for name in averaged if name in fields]
         members = [one.narrowed([*wanted, *({WORD_IDS} & set(fields))]) for one in self.members] if wanted else []
-        return EnsembleRows(narrowed(self.lead, fields, kept), members, self.combination)
+        return EnsembleRows(narrowed(self.rows, fields, kept), members, self.combination)
 
     def answers_only(self, names: Sequence[str]) -> EnsembleRows:
         """With averaged columns and others of `names`, and no input that need not be made."""
         tokens = any("S" in self.store.fields[name].shape for name in self.combination.columns)
-        lead = self.lead if tokens else getattr(self.lead, "rows", self.lead)
+        lead = self.rows if tokens else getattr(self.rows, "rows", self.rows)
         wanted = [name for name in self.combination.columns if name in names]
         members = [one.narrowed([*wanted, *({WORD_IDS} & set(names))]) for one in self.members]
         return EnsembleRows(only(lead, names), members, self.combination)
 
-    def __len__(self) -> int:
-        return len(self.lead)
-
-    def __getitem__(self, index: Any) -> dict[str, Any]:
-        if isinstance(index, int | np.integer):
-            return {name: values[0] for name, values in self[[int(index)]].items()}
-        chosen = np.arange(len(self))[index]
-        return self.together(self.lead[chosen], [one.rows[one.places(chosen)] for one in self.members])
-
-    def __getitems__(self, keys: Sequence[int]) -> dict[str, Any]:
-        return self[list(keys)]
+    def _batch(self, chosen: np.ndarray) -> dict[str, Any]:
+        return self.together(self.rows[chosen], [one.rows[one.places(chosen)] for one in self.members])
 
     def batches(self, indices: Iterable[Indices], **reading: Any) -> Iterator[dict[str, Any]]:
         for batch, others in self.apart(indices, **reading):
@@ -145,7 +136,7 @@ class EnsembleRows:
         """(a batch of the leading store, those of the others): one teacher after another, not averaged yet."""
         first, *feeds = shared(indices, 1 + len(self.members))
         with ExitStack() as opened:
-            lead = opened.enter_context(closing(self.lead.batches(first, buffers=buffers, **reading)))
+            lead = opened.enter_context(closing(self.rows.batches(first, buffers=buffers, **reading)))
             others = [
                 opened.enter_context(closing(one.rows.batches(map(one.places, feed), buffers=buffers)))
                 for one, feed in zip(self.members, feeds, strict=True)
@@ -155,10 +146,10 @@ class EnsembleRows:
 
     def column(self, name: str) -> Any:
         if name not in self.combination.columns:
-            return self.lead.column(name)
+            return self.rows.column(name)
         every = np.arange(len(self))
         said = [one.rows.column(name)[one.places(every)] for one in self.members]
-        return self.together({name: self.lead.column(name)}, [{name: values} for values in said])[name]
+        return self.together({name: self.rows.column(name)}, [{name: values} for values in said])[name]
 
     def answers(self, name: str, batch: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
         """One averaged column of a batch that `apart` gave, teacher by teacher, classes as the leading store's."""

@@ -11,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from ..store.images.pixels import IMAGE, MASK, PIXEL_VALUES, Processing, replay,
 from ..store.images.views import VIEW_FIELDS, VIEW_MIX_WITH, mixed
 from ..store.reader import TeacherRows
 from ..store.schema import LABELS, MISSING_LABEL
+from .dataset import RowsOver, numbered
 
 VIEWS = [spec.name for spec in VIEW_FIELDS]
 IGNORED = 255  # of masks, where the store does not say
@@ -29,7 +30,7 @@ MOST_THREADS = 8
 LEAST_ROWS = 8  # of a thread: handing over costs as much as decoding a small image
 
 
-class PixelRows:
+class PixelRows(RowsOver):
     """Rows of images as a student takes them: pixels in place of files and views. Safe to pickle and to fork.
 
     fields, stored: as TeacherRows.with_fields takes them.
@@ -54,43 +55,24 @@ class PixelRows:
     def nbytes(self) -> int:
         return self.rows.nbytes + self.files.nbytes
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Any) -> dict[str, Any]:
-        if isinstance(index, int | np.integer):
-            return {name: values[0] for name, values in self[[int(index)]].items()}
-        chosen = np.arange(len(self))[index]
-        batch = self.rows[chosen]
-        return self._replaced(batch, [self._made(batch, chosen)])
-
-    def __getitems__(self, keys: Sequence[int]) -> dict[str, Any]:
-        return self[list(keys)]
-
     def batches(self, indices: Iterable[Sequence[int]], buffers: int = 2, **reading: Any) -> Iterator[dict[str, Any]]:
         """As TeacherRows.batches; of pixels the caller owns the arrays."""
-        asked: deque[Sequence[int]] = deque()  # filled by the reader's thread, ahead of what is read here
-
-        def noted() -> Iterator[Sequence[int]]:
-            for chosen in indices:
-                asked.append(chosen)
-                yield chosen
-
         ahead: deque[tuple[dict[str, Any], list[Future[dict[str, np.ndarray]]]]] = deque()
         threads = max(1, min(MOST_THREADS, len(os.sched_getaffinity(0))))
         with (
             ThreadPoolExecutor(threads, "predistill-pixels") as pool,
-            contextlib.closing(cast(Generator[Any], self.rows.batches(noted(), buffers + 1, **reading))) as found,
+            contextlib.closing(numbered(self.rows, indices, buffers=buffers + 1, **reading)) as found,
         ):
-            for batch in found:
-                ahead.append((batch, self._begun(pool, threads, batch, np.asarray(asked.popleft(), np.int64))))
+            for batch, chosen in found:
+                ahead.append((batch, self._begun(pool, threads, batch, chosen)))
                 if len(ahead) > 1:
                     yield self._ended(*ahead.popleft())
             if ahead:
                 yield self._ended(*ahead.popleft())
 
-    def column(self, name: str) -> Any:
-        return self.rows.column(name)
+    def _batch(self, chosen: np.ndarray) -> dict[str, Any]:
+        batch = self.rows[chosen]
+        return self._replaced(batch, [self._made(batch, chosen)])
 
     def _begun(
         self, pool: ThreadPoolExecutor, threads: int, batch: Mapping[str, Any], chosen: np.ndarray

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +13,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 from ..store.errors import DataError, StoreMismatch
 from ..store.identity import short, tokenizer_content, tokenizer_sha256
 from ..store.schema import ATTENTION_MASK, INPUT_IDS
-from .dataset import narrowed
+from .dataset import RowsOver, narrowed, numbered
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model",
@@ -99,7 +98,7 @@ def position_limit(model: nn.Module) -> int | None:
     return None
 
 
-class RetokenizedRows:
+class RetokenizedRows(RowsOver):
     """Rows of a store with the tokens of another tokenizer, kept in memory (4 bytes a token, 8 a row).
 
     Sentence-level teacher fields belong to the row, not to its tokens, so only the inputs are replaced.
@@ -121,31 +120,12 @@ class RetokenizedRows:
         other.rows = narrowed(self.rows, fields, stored)
         return other
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Any) -> dict[str, Any]:
-        if isinstance(index, int | np.integer):
-            return {name: values[0] for name, values in self[[int(index)]].items()}
-        chosen = np.arange(len(self))[index]
-        return self._replaced(self.rows[chosen], chosen)
-
-    def __getitems__(self, keys: Sequence[int]) -> dict[str, Any]:
-        return self[list(keys)]
-
     def batches(self, indices: Iterable[Sequence[int]], **reading: Any) -> Iterator[dict[str, Any]]:
-        asked: deque[Sequence[int]] = deque()  # filled by the reader's thread, ahead of what is read here
+        for batch, chosen in numbered(self.rows, indices, **reading):
+            yield self._replaced(batch, chosen)
 
-        def noted() -> Iterator[Sequence[int]]:
-            for chosen in indices:
-                asked.append(chosen)
-                yield chosen
-
-        for batch in self.rows.batches(noted(), **reading):
-            yield self._replaced(batch, np.asarray(asked.popleft(), np.int64))
-
-    def column(self, name: str) -> Any:
-        return self.rows.column(name)
+    def _batch(self, chosen: np.ndarray) -> dict[str, Any]:
+        return self._replaced(self.rows[chosen], chosen)
 
     def _replaced(self, batch: Mapping[str, Any], chosen: np.ndarray) -> dict[str, Any]:
         lengths = self.lengths[chosen]

@@ -224,7 +224,7 @@ def test_rows_in_another_order_and_the_ends_of_a_thread(stores: Any) -> None:
     """Rows of a member may stand elsewhere; closing a half-read iterator ends its threads."""
     rows = together(stores, fixed_weights([1, 1, 1]))
     backwards = np.arange(N)[::-1].copy()
-    turned = EnsembleRows(rows.lead, [Member(stores[1].select("train"), order=backwards)],
+    turned = EnsembleRows(rows.rows, [Member(stores[1].select("train"), order=backwards)],
                           Combination({"teacher_logits": -1}, "logits", fixed_weights([0, 1])))  # fmt: skip
     expected = stores[1].select("train").column("teacher_logits")[::-1]
     np.testing.assert_allclose(turned.column("teacher_logits"), expected)

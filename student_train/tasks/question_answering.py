@@ -78,7 +78,7 @@ class QuestionAnswering:
         if set(objective.fields) - set(_POSITIONS):
             return rows
         kept = np.asarray(rows.with_fields(_POSITIONS).column(START_POSITIONS)) != MISSING_LABEL
-        return rows if kept.all() else TeacherRows(rows.store, rows.sample_ids[kept], rows.specs, rows.split)
+        return rows.kept(kept)
 
     def retokenized(self, rows: Any, tokenizer: Any, text_column: str | None) -> Any:
         raise StoreMismatch(

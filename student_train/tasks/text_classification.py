@@ -56,7 +56,7 @@ class TextClassification:
             raise ConfigError(f"{rows.store.path} has no labels to train on; give --alpha above 0")
         labels = torch.as_tensor(rows.column(LABELS))
         kept = (~unlabelled({LABELS: labels}, self.problem_type, self.settings["num_labels"])).any(-1).numpy()
-        return rows if kept.all() else TeacherRows(rows.store, rows.sample_ids[kept], rows.specs, rows.split)
+        return rows.kept(kept)
 
     def retokenized(self, rows: TeacherRows, tokenizer: Any, text_column: str | None) -> Any:
         asked = rows.store.settings

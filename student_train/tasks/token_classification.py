@@ -65,7 +65,7 @@ class TokenClassification:
         for start in range(0, len(rows), CHUNK):
             tagged.append((bare[start : start + CHUNK][LABELS] != MISSING_LABEL).any(1))
         kept = np.concatenate(tagged)
-        return rows if kept.all() else TeacherRows(rows.store, rows.sample_ids[kept], rows.specs, rows.split)
+        return rows.kept(kept)
 
     def retokenized(self, rows: TeacherRows, tokenizer: Any, text_column: str | None) -> WordRows:
         if text_column is not None:
