@@ -23,7 +23,7 @@ from .config import named_paths
 from .data import load_rows
 from .disk import free_bytes, out_of_space
 from .progress import WordProgress, say
-from .teacher import Teacher
+from .teachers.teacher import Teacher
 
 _SETTINGS = (
     "multiplication_factor", "replace_probability", "candidates", "seed", "text_column", "text_pair_column", "split",

@@ -12,13 +12,13 @@ from ..store import ConfigError, FieldSpec, manifest
 from . import planning
 from .capture import Capture, token_batches
 from .config import CHOSEN_BY_BUDGET, DumpConfig
-from .fidelity import Candidate, Distributions, choose
-from .inner import Way
-from .inner_fidelity import Cost
-from .inner_pilot import InnerPilot
-from .layers import EXACT, HEAD_MEAN, QUERIES_KEYS, SQUARE
+from .inside.fidelity import Cost
+from .inside.inner import Way
+from .inside.layers import EXACT, HEAD_MEAN, QUERIES_KEYS, SQUARE
+from .inside.pilot import InnerPilot
+from .logits.fidelity import Candidate, Distributions, choose
+from .logits.tokens import TokenLogits
 from .tasks import TASKS, Task
-from .token_logits import TokenLogits
 
 _ROWS = 8  # of the pilot at a time
 _LADDER = tuple(  # of what is inside the teacher, the best first: heads are lost last

@@ -12,7 +12,7 @@ import torch
 
 from ..store.errors import ConfigError
 from .tasks import Samples, Task
-from .teacher import Teacher, check_dtype
+from .teachers.teacher import Teacher, check_dtype
 
 
 def token_batches(lengths: np.ndarray, tokens_per_batch: int) -> Iterator[np.ndarray]:

@@ -14,7 +14,7 @@ from ..store.errors import ConfigError
 from ..store.lease import KINDS as LEASES
 from ..store.lease import TIMEOUT as LEASE_TIMEOUT
 from ..store.sizes import parse_size
-from .layers import EXACT, INNER, LAYERED, SQUARE, STORAGES, attention_source, check_layers
+from .inside.layers import EXACT, INNER, LAYERED, SQUARE, STORAGES, attention_source, check_layers
 from .tasks import REFUSED, TASKS
 
 DTYPES = ("float16", "bfloat16", "float32", "int8")

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..store.errors import ConfigError, DataError
-from . import conll, squad
 from .config import DATA_SUFFIXES, DumpConfig, named_paths
 from .disk import out_of_space
-from .images import as_files, may_hold_images
+from .rows import conll, squad
+from .rows.images import as_files, may_hold_images
 
 SLICE = 10_000  # rows read at a time
 IMAGES = 500

@@ -18,7 +18,6 @@ from ..store import ConfigError, FieldSpec, Plan, ShardPlan, StoreWriter, descri
 from ..store.shared import SharedWriter
 from ..store.writer import check_folder
 from . import budget, planning
-from . import inner as inside
 from .background import Ahead, Background
 from .budget import Choice
 from .capture import Capture, token_batches
@@ -26,16 +25,17 @@ from .card import dataset_card
 from .config import DumpConfig
 from .data import SourceData, load_rows
 from .disk import check_room
-from .given import lent, teacher_of
-from .inner import Inner, Way
-from .inner_fidelity import Cost
-from .inner_pilot import InnerPilot
-from .inner_task import InnerTask, is_of_logits
+from .inside import inner
+from .inside.fidelity import Cost
+from .inside.inner import Inner, Way
+from .inside.pilot import InnerPilot
+from .inside.task import InnerTask, is_of_logits
 from .progress import DumpProgress, say
 from .shards import Prepared, ShardKeeper, Tally, carried_fields, prepare
 from .survey import Survey, survey
 from .tasks import TASKS, Task, task_class
-from .teacher import Teacher, slow_dtype
+from .teachers.given import lent, teacher_of
+from .teachers.teacher import Teacher, slow_dtype
 
 _TAKEN = ("sample_id", "split", "shard", "row", "num_tokens", "label", *schema.ADDRESS_COLUMNS, schema.ATTENTION_MASK)
 _PILOT_SHARE = 50  # a dump gives its pilot at most one row in this many
@@ -119,8 +119,8 @@ def _prepare(config: DumpConfig, model: torch.nn.Module | None, compare: bool = 
     check_folder(folder)
     source = load_rows(config)
     kind = task_class(config.task)
-    kept = None if compare else inside.earlier(config, folder)
-    teacher = teacher_of(inside.implementation(config, kept), kind.model_class, model)
+    kept = None if compare else inner.earlier(config, folder)
+    teacher = teacher_of(inner.implementation(config, kept), kind.model_class, model)
     choice = None if compare else budget.earlier(config, folder)
     task: Task = kind(choice.config if choice else config, teacher, source)
     checked = survey(source, task, config.keep_columns)
@@ -134,8 +134,8 @@ def _prepare(config: DumpConfig, model: torch.nn.Module | None, compare: bool = 
     if config.keeps_inner and kept is None:
         capture = Capture(teacher, task)
         kept, costs = _look_inside(config, task, capture, pilot, carried, source.rows, compare)
-        if inside.implementation(config, kept).attention != config.attention and config.budget is not None:
-            teacher = teacher_of(inside.implementation(config, kept), kind.model_class, model)
+        if inner.implementation(config, kept).attention != config.attention and config.budget is not None:
+            teacher = teacher_of(inner.implementation(config, kept), kind.model_class, model)
             capture = Capture(teacher, task)  # in the way that was chosen
     own = list(kept.specs) if kept else []
     stored = _stored_plan(config, folder)

@@ -93,7 +93,7 @@ def _tokenizer(config: ImportConfig) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    from .teacher import quiet_transformers
+    from .teachers.teacher import quiet_transformers
 
     folder = Path(config.tokenizer).expanduser()
     try:

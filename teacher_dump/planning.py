@@ -18,9 +18,9 @@ from .capture import Capture, token_batches
 from .config import DumpConfig
 from .data import SourceData, read
 from .disk import free_bytes
-from .label_names import disagreement
+from .rows.label_names import disagreement
 from .tasks import Samples, Task
-from .teacher import Teacher
+from .teachers.teacher import Teacher
 
 PILOT_ROWS = 1000  # tokenised to learn how long rows are
 INDEX_BYTES = 150  # a row of index.duckdb and samples.parquet, kept columns aside

@@ -17,17 +17,17 @@ from ..store.manifest import SHARDS
 from . import planning
 from .capture import Capture, token_batches
 from .config import DumpConfig
-from .given import lent, teacher_of
 from .importing.config import UNKNOWN
-from .inner import implementation
-from .inner_task import InnerTask, is_of_logits
+from .inside.inner import implementation
+from .inside.task import InnerTask, is_of_logits
 from .progress import RowProgress, say
 from .rechecking.compare import Deviation, compare, noise_of
 from .rechecking.config import RecheckConfig
 from .rechecking.stored import config_of, inner_of, samples_of, source_of
 from .rechecking.tokens import AtStored, stored_ids
 from .tasks import TASKS, Samples, task_class
-from .teacher import Teacher
+from .teachers.given import lent, teacher_of
+from .teachers.teacher import Teacher
 
 _IDS = (schema.TOP_K_INDICES, schema.SAMPLE_INDICES)
 _NOT_COMPARED = (schema.POSITIONS, schema.TOP_K_COUNTS, schema.SAMPLE_SIZES, *_IDS)

@@ -13,7 +13,7 @@ import torch
 from predistill.teacher_dump.config import DumpConfig
 from predistill.teacher_dump.data import load_rows
 from predistill.teacher_dump.tasks.causal_lm import CausalLM
-from predistill.teacher_dump.teacher import Teacher
+from predistill.teacher_dump.teachers.teacher import Teacher
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

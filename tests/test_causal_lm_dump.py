@@ -24,8 +24,8 @@ from language_cases import (
 )
 from predistill.store import TeacherStore
 from predistill.teacher_dump.dump import dump
+from predistill.teacher_dump.logits.tokens import TokenLogits, row_uniforms
 from predistill.teacher_dump.tasks import causal_lm
-from predistill.teacher_dump.token_logits import TokenLogits, row_uniforms
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 TEXTS = [{"text": text} for text in LINES]

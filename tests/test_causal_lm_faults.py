@@ -28,7 +28,7 @@ from predistill.student_train.settings import DistillationSettings
 from predistill.student_train.tasks.causal_lm import CausalLM
 from predistill.student_train.train import train
 from predistill.teacher_dump.dump import dump
-from predistill.teacher_dump.packing import check_causal
+from predistill.teacher_dump.rows.packing import check_causal
 from torch import nn
 from transformers import (
     BertConfig,

@@ -93,7 +93,7 @@ def test_rows_that_are_cut_do_not_end(ends: bool, tmp_path: Path) -> None:
 
 def test_long_texts_are_taken_in_several_pieces(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = look(teacher, TEXTS * 3, tmp_path)
-    monkeypatch.setattr("predistill.teacher_dump.texts.CHUNK_BYTES", 100)
+    monkeypatch.setattr("predistill.teacher_dump.rows.texts.CHUNK_BYTES", 100)
     found = look(teacher, TEXTS * 3, tmp_path)
     assert found.values["input_ids"].tolist() == expected.values["input_ids"].tolist()
     assert found.content_hash.tolist() == expected.content_hash.tolist()

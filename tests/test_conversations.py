@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 from language_cases import CHATML, CHATML_MARKED, LLAMA_3, THINKING, byte_level, said
 from predistill.store import ConfigError, DataError
-from predistill.teacher_dump.conversations import Chat, Conversations, PromptMessages
-from predistill.teacher_dump.documents import Documents, named, tokenize
+from predistill.teacher_dump.rows.conversations import Chat, Conversations, PromptMessages
+from predistill.teacher_dump.rows.documents import Documents, named, tokenize
 
 CHATS = [
     [said("user", "What is the sky?"), said("assistant", "It is blue.")],

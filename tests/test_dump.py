@@ -36,7 +36,7 @@ from predistill.store.verify import verify
 from predistill.teacher_dump.capture import token_batches
 from predistill.teacher_dump.dump import dump, plan
 from predistill.teacher_dump.planning import Pilot, plan_shards
-from predistill.teacher_dump.teacher import Teacher, slow_dtype
+from predistill.teacher_dump.teachers.teacher import Teacher, slow_dtype
 from transformers import (
     AutoTokenizer,
     GPT2Config,

@@ -16,8 +16,8 @@ import pytest
 from predistill.store import ConfigError, DataError
 from predistill.teacher_dump.config import DumpConfig, looks_like_path, named_paths, parse_size
 from predistill.teacher_dump.data import load_rows, slices
-from predistill.teacher_dump.label_names import agree, disagreement, teacher_names
-from predistill.teacher_dump.labels import MULTI, REGRESSION, SINGLE, Labels
+from predistill.teacher_dump.rows.label_names import agree, disagreement, teacher_names
+from predistill.teacher_dump.rows.labels import MULTI, REGRESSION, SINGLE, Labels
 from predistill.teacher_dump.survey import RowsHash
 
 ROWS = [{"text": f'row {at}, "quoted"\nand é', "label": at % 2} for at in range(25)]

@@ -22,11 +22,11 @@ from dump_cases import (
 )
 from predistill.store import TeacherStore
 from predistill.store.verify import verify
-from predistill.teacher_dump import inner_task
 from predistill.teacher_dump.capture import Capture
 from predistill.teacher_dump.config import DumpConfig
 from predistill.teacher_dump.dump import dump, plan
-from predistill.teacher_dump.layers import chosen_layers, columns_of
+from predistill.teacher_dump.inside import task as inner_task
+from predistill.teacher_dump.inside.layers import chosen_layers, columns_of
 from predistill.teacher_dump.tasks import causal_lm
 from torch import Tensor, nn
 from transformers import (

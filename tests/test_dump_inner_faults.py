@@ -17,8 +17,9 @@ from dump_cases import (
 )
 from predistill.store import ConfigError, DataError, StoreMismatch
 from predistill.store.activations import Sites
-from predistill.teacher_dump import inner_pilot, inner_task
 from predistill.teacher_dump.dump import dump, plan
+from predistill.teacher_dump.inside import pilot as inner_pilot
+from predistill.teacher_dump.inside import task as inner_task
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,

@@ -26,7 +26,7 @@ from predistill.teacher_dump import dump as story
 from predistill.teacher_dump.background import Ahead, Background
 from predistill.teacher_dump.capture import Capture
 from predistill.teacher_dump.dump import dump
-from predistill.teacher_dump.teacher import Teacher
+from predistill.teacher_dump.teachers.teacher import Teacher
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,

@@ -14,7 +14,7 @@ from dump_cases import settings, write
 from predistill.store import ConfigError
 from predistill.store.verify import verify
 from predistill.teacher_dump.dump import dump
-from predistill.teacher_dump.teacher import resolve_device
+from predistill.teacher_dump.teachers.teacher import resolve_device
 
 
 def rows(count: int) -> list[dict[str, object]]:

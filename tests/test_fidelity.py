@@ -12,8 +12,8 @@ from predistill.store import ConfigError, DataError, FieldSpec, bytes_per_row, s
 from predistill.store.codecs import bfloat16_to_float32, float32_to_bfloat16
 from predistill.store.head import Head
 from predistill.teacher_dump.config import DumpConfig
-from predistill.teacher_dump.fidelity import Candidate, Distributions, Loss, choose, measure, position_bytes
-from predistill.teacher_dump.token_logits import TokenLogits, draw, score
+from predistill.teacher_dump.logits.fidelity import Candidate, Distributions, Loss, choose, measure, position_bytes
+from predistill.teacher_dump.logits.tokens import TokenLogits, draw, score
 from torch import Tensor
 
 V, N = 400, 24

@@ -209,11 +209,17 @@ def test_every_example_is_understood() -> None:
             parse(words)
 
 
-def test_the_readme_maps_every_file() -> None:
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_map_names_every_file_of_every_folder_and_no_other() -> None:
+    page = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
+    mapped: dict[str, set[str]] = {}
+    for part in re.split(r"^## ", page, flags=re.MULTILINE)[1:]:
+        folder = re.match(r"`([^`]+)/`", part)
+        mapped[folder[1] if folder else "."] = set(re.findall(r"^\| `([^`]+\.py)` \| \S", part, re.MULTILINE))
+    there: dict[str, set[str]] = {}
     for path in package_files():
         if path.name != "__init__.py":
-            assert f"`{path.name}`" in page, f"README.md does not say what {path.relative_to(ROOT)} does"
+            there.setdefault(path.parent.relative_to(ROOT).as_posix(), set()).add(path.name)
+    assert mapped == there
 
 
 def test_make_targets_are_those_that_the_readme_names() -> None:

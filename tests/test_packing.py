@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from predistill.store import ConfigError
-from predistill.teacher_dump.packing import check_packing, pack
+from predistill.teacher_dump.rows.packing import check_packing, pack
 from transformers import AutoModelForCausalLM as Auto
 from transformers import BloomConfig, FalconConfig, Gemma3TextConfig, GPT2Config, Lfm2Config, LlamaConfig, Qwen3Config
 

@@ -10,10 +10,10 @@ import torch
 from predistill.store import ConfigError, schema
 from predistill.store.codecs import codec_of
 from predistill.store.head import Head
-from predistill.teacher_dump import token_logits
 from predistill.teacher_dump.config import DumpConfig
-from predistill.teacher_dump.fidelity import position_bytes
-from predistill.teacher_dump.token_logits import CHUNK_BYTES, TokenLogits, inverse_cdf, row_uniforms
+from predistill.teacher_dump.logits import tokens as token_logits
+from predistill.teacher_dump.logits.fidelity import position_bytes
+from predistill.teacher_dump.logits.tokens import CHUNK_BYTES, TokenLogits, inverse_cdf, row_uniforms
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode

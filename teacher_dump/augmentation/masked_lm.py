@@ -16,7 +16,7 @@ import torch
 
 from ...store.errors import ConfigError
 from ..capture import token_batches
-from ..teacher import Teacher
+from ..teachers.teacher import Teacher
 from .words import is_word
 
 MARGIN = 2e-4  # in logits; rounding of float32 logits differs by some 1e-5 between batches

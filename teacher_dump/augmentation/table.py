@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 
 from ...store.errors import ConfigError, DataError
 from ..data import SourceData, check_columns, read, slices
-from ..labels import is_list
+from ..rows.labels import is_list
+from ..rows.texts import check_rows, check_text
 from ..survey import RowsHash
-from ..texts import check_rows, check_text
 from .config import AugmentConfig
 from .rewrite import View
 from .sinks import check_columns_fit, sink

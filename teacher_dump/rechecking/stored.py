@@ -15,8 +15,8 @@ from ...store.images.views import VIEW_FIELDS, VIEW_MIX_WITH, mixed
 from ...store.schema import INPUT_IDS, LABELS, LOGITS, POSITION_IDS, POSITIONS, SAMPLE_COUNTS, TOKEN_TYPES
 from ..config import DumpConfig
 from ..data import SourceData
-from ..inner import DTYPE, STORAGE, Inner, Way, place_of
-from ..layers import EXACT, INNER
+from ..inside.inner import DTYPE, STORAGE, Inner, Way, place_of
+from ..inside.layers import EXACT, INNER
 from ..tasks import TASKS, Samples
 from .config import RecheckConfig
 
@@ -102,7 +102,7 @@ def samples_of(store: TeacherStore, ids: np.ndarray, inputs: set[str]) -> Sample
 def _images_of(store: TeacherStore, ids: np.ndarray) -> Samples:
     """Rows of images: their files, which stand in the first view of each, and how the view of each was drawn."""
     from ...store.images.files import Files
-    from ..image_rows import ImageSamples
+    from ..rows.image_rows import ImageSamples
 
     kept = [name for name in (LABELS, *(spec.name for spec in VIEW_FIELDS)) if name in store.fields]
     rows = store.select(fields=kept)[ids]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...store import schema
 from ..config import DumpConfig
-from ..token_logits import LOWEST, SAMPLED, TOP_K, Scores, TokenLogits
+from ..logits.tokens import LOWEST, SAMPLED, TOP_K, Scores, TokenLogits
 
 
 class AtStored(TokenLogits):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from ..layers import INNER
+from ..inside.layers import INNER
 
 if TYPE_CHECKING:
     import numpy as np

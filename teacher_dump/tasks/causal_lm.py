@@ -20,13 +20,13 @@ from ...store.head import Head, hidden_before_head, logits_of, split_head
 from ...store.schema import INPUT_IDS, LABEL_LOGPROBS, LABELS, MISSING_LABEL, POSITION_IDS, POSITIONS
 from ..config import DumpConfig
 from ..data import SourceData
-from ..documents import Documents, joined, may_lose_all, named, tokenize
-from ..formats import choose_format
-from ..packing import check_causal, check_packing, no_mask_is_meant, pack
+from ..logits.tokens import ENTROPY, MAX_LOGPROB, TokenLogits, row_uniforms
 from ..progress import say
-from ..teacher import Teacher
-from ..texts import chunks, within
-from ..token_logits import ENTROPY, MAX_LOGPROB, TokenLogits, row_uniforms
+from ..rows.documents import Documents, joined, may_lose_all, named, tokenize
+from ..rows.formats import choose_format
+from ..rows.packing import check_causal, check_packing, no_mask_is_meant, pack
+from ..rows.texts import chunks, within
+from ..teachers.teacher import Teacher
 from . import Samples
 
 _LONGEST_PACKED = 8192  # tokens of a row that is filled without having been asked for

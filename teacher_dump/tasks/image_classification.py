@@ -11,11 +11,11 @@ import torch
 from ...store.head import logits_of
 from ...store.images.pixels import PIXEL_HASH
 from ...store.schema import LABELS
-from ..classes import Classes
 from ..config import DumpConfig
 from ..data import SourceData
-from ..image_rows import ImageRows, ImageSamples
-from ..image_teacher import ReadsImages
+from ..logits.classes import Classes
+from ..rows.image_rows import ImageRows, ImageSamples
+from ..teachers.images import ReadsImages
 
 
 class ImageClassification:

@@ -25,8 +25,8 @@ from ...store.schema import (
 )
 from ..config import AUTO, NO_COLUMN, DumpConfig
 from ..data import SourceData, check_columns
-from ..documents import check_fast
-from ..squad import (
+from ..rows.documents import check_fast
+from ..rows.squad import (
     ANSWERS,
     ANSWERS_TYPE,
     CONTEXT,
@@ -41,8 +41,8 @@ from ..squad import (
     check_answers,
     windows,
 )
-from ..teacher import Teacher
-from ..texts import check_text, chunks
+from ..rows.texts import check_text, chunks
+from ..teachers.teacher import Teacher
 from . import Samples
 
 _USUAL_LENGTH, _USUAL_STRIDE = 384, 128  # tokens, of BERT's own readers

@@ -15,13 +15,13 @@ from ...store import ConfigError, DataError, FieldSpec
 from ...store.head import logits_of
 from ...store.images.pixels import MASK, PIXEL_HASH, decode_mask, replay_masks
 from ...store.schema import LOGITS, MISSING_LABEL
-from ..classes import REAL_SUMMARIES
 from ..config import AUTO, NO_COLUMN, DumpConfig
 from ..data import SourceData
-from ..image_rows import ImageRows, ImageSamples, first_only
-from ..image_teacher import ReadsImages
-from ..images import files, image_column, is_image
-from ..label_names import teacher_names
+from ..logits.classes import REAL_SUMMARIES
+from ..rows.image_rows import ImageRows, ImageSamples, first_only
+from ..rows.images import files, image_column, is_image
+from ..rows.label_names import teacher_names
+from ..teachers.images import ReadsImages
 from .image_classification import in_dtype
 
 MASKS = ("mask", "annotation", "label", "labels", "segmentation")  # columns of which the first of images is taken

@@ -10,11 +10,11 @@ import pyarrow as pa
 from ...store import DataError, FieldSpec, content_hash
 from ...store.head import logits_of
 from ...store.schema import INPUT_IDS, LABELS, TOKEN_TYPES
-from ..classes import Classes
 from ..config import DumpConfig
 from ..data import SourceData, check_columns
-from ..teacher import Teacher
-from ..texts import check_text, chunks, flat
+from ..logits.classes import Classes
+from ..rows.texts import check_text, chunks, flat
+from ..teachers.teacher import Teacher
 from . import Samples
 
 

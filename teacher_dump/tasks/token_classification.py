@@ -17,13 +17,13 @@ import pyarrow.compute as pc
 from ...store import ConfigError, DataError, FieldSpec, content_hash
 from ...store.head import logits_of
 from ...store.schema import INPUT_IDS, LABELS, LOGITS, MISSING_LABEL, NO_WORD, TOKEN_TYPES, TOKENS, WORD_IDS
-from ..classes import single_summaries
 from ..config import AUTO, NO_COLUMN, DumpConfig
 from ..data import SourceData, check_columns
-from ..label_names import agree, teacher_names
-from ..labels import SINGLE, Labels, class_names
-from ..teacher import Teacher
-from ..texts import check_rows, chunks, flat, within
+from ..logits.classes import single_summaries
+from ..rows.label_names import agree, teacher_names
+from ..rows.labels import SINGLE, Labels, class_names
+from ..rows.texts import check_rows, chunks, flat, within
+from ..teachers.teacher import Teacher
 from . import Samples
 
 TAG_COLUMNS = ("ner_tags", "pos_tags", "chunk_tags", "tags", "labels")  # of which the first one there is taken

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..store import FieldSpec
-from ..store.attention import AttentionSettings, attention_probabilities, attention_scores
-from ..store.codecs import LIMITS, codec_of
+from ...store import FieldSpec
+from ...store.attention import AttentionSettings, attention_probabilities, attention_scores
+from ...store.codecs import LIMITS, codec_of
 from .inner import Place, Way, place_of
 from .layers import HEAD_MEAN, QUERIES_KEYS, SQUARE
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 
-from ..store import ConfigError, DataError, content_hash
+from ...store import ConfigError, DataError, content_hash
 from .texts import check_text, flat, within
 
 TEXT, PROMPT, COMPLETION = "text", "prompt", "completion"

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..store import ConfigError, DataError, FieldSpec, content_hash
-from ..store.images.pixels import IMAGE, PIXEL_HASH, Recipe, check, draw, image_size, pixel_hash, replay
-from ..store.images.views import CROP, CUTMIX, FLIP, MIXUP, NOBODY, VIEW_FIELDS, VIEW_MIX_WITH, plain
-from .config import DumpConfig
-from .data import SourceData, read
-from .image_teacher import ReadsImages
+from ...store import ConfigError, DataError, FieldSpec, content_hash
+from ...store.images.pixels import IMAGE, PIXEL_HASH, Recipe, check, draw, image_size, pixel_hash, replay
+from ...store.images.views import CROP, CUTMIX, FLIP, MIXUP, NOBODY, VIEW_FIELDS, VIEW_MIX_WITH, plain
+from ..config import DumpConfig
+from ..data import SourceData, read
+from ..tasks import Samples
+from ..teachers.images import ReadsImages
 from .images import files, image_column
-from .tasks import Samples
 
 TRAIN = "train"  # the split of which there are views
 _MOST_THREADS = 16

@@ -12,20 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..store import ConfigError, bytes_per_row
-from ..store.activations import Sites
-from ..store.attention import visible_keys
-from ..store.attention_capture import attending
-from ..store.codecs import check_values
-from ..store.schema import POSITION_IDS
-from . import planning
-from .capture import Capture
-from .config import DumpConfig
+from ...store import ConfigError, bytes_per_row
+from ...store.activations import Sites
+from ...store.attention import visible_keys
+from ...store.attention_capture import attending
+from ...store.codecs import check_values
+from ...store.schema import POSITION_IDS
+from .. import planning
+from ..capture import Capture
+from ..config import DumpConfig
+from ..tasks import TASKS
+from .fidelity import Cost, host
 from .inner import Inner, Place, Way, find_sites, make_inner, place_of
-from .inner_fidelity import Cost, host
-from .inner_task import recorded
 from .layers import EXACT, HEAD_MEAN, INNER, LAYERED, QUERIES_KEYS, SQUARE, attention_source
-from .tasks import TASKS
+from .task import recorded
 
 _ROWS, _TOKENS = 8, 256  # pilot rows that are looked at, each alone, and how much of each
 _CHECKED = 4  # rows of the batch that attentions are made again of

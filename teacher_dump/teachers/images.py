@@ -15,11 +15,11 @@ import transformers
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..store.head import logits_of
-from ..store.identity import digest
-from ..store.images.pixels import PIXEL_VALUES, Processing
-from ..store.images.processing import pillow
-from ..store.probe import evaluating
+from ...store.head import logits_of
+from ...store.identity import digest
+from ...store.images.pixels import PIXEL_VALUES, Processing
+from ...store.images.processing import pillow
+from ...store.probe import evaluating
 from .given import GivenTeacher
 from .teacher import Teacher
 

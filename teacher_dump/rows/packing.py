@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..store import ConfigError, DataError
-from ..store.head import logits_of
+from ...store import ConfigError, DataError
+from ...store.head import logits_of
 
 _ROUNDINGS = 4  # units in the last place, of the logits' size, that sums made in another order may differ by
 _ALONE = 0.1  # of what seeing the document before changes; rounding in bfloat16 made it 0.02 at most (14 architectures)

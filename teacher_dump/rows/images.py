@@ -15,9 +15,9 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from ..store.errors import ConfigError, DataError
-from ..store.images.processing import pillow
-from .config import AUTO
+from ...store.errors import ConfigError, DataError
+from ...store.images.processing import pillow
+from ..config import AUTO
 
 FILES = pa.large_binary()
 

@@ -14,8 +14,8 @@ from typing import Any, TextIO
 
 import datasets
 
-from ..store.errors import DataError
-from ..store.schema import TOKENS
+from ...store.errors import DataError
+from ...store.schema import TOKENS
 
 SUFFIXES = (".conll", ".bio")
 TAGS = "tags"

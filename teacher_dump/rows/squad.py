@@ -12,8 +12,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from ..store.errors import DataError
-from ..store.schema import MISSING_LABEL, OUTSIDE
+from ...store.errors import DataError
+from ...store.schema import MISSING_LABEL, OUTSIDE
 from .texts import flat
 
 ID, QUESTION, CONTEXT, ANSWERS = "id", "question", "context", "answers"

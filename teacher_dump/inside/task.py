@@ -11,13 +11,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ..store import ConfigError, FieldSpec
-from ..store.activations import Sites
-from ..store.codecs import LIMITS, check_values
-from ..store.schema import POSITIONS
-from .config import DumpConfig
+from ...store import ConfigError, FieldSpec
+from ...store.activations import Sites
+from ...store.codecs import LIMITS, check_values
+from ...store.schema import POSITIONS
+from ..config import DumpConfig
+from ..tasks import Samples, Task
 from .inner import Inner, Place, find_sites, place_of, settings_of
-from .tasks import Samples, Task
 
 _PEAK = "/peak"  # beside a column that was rounded on the device
 _NOT_COPIED = ("cpu",)  # devices whose memory is the host's

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..store.errors import ConfigError, DataError
-from ..store.schema import MISSING_LABEL
+from ...store.errors import ConfigError, DataError
+from ...store.schema import MISSING_LABEL
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 _MISSING = (-1, MISSING_LABEL)

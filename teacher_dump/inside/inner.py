@@ -25,12 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..store import ConfigError, FieldSpec, manifest
-from ..store.activations import Sites
-from ..store.head import head_module
-from ..store.probe import is_transformers
-from ..store.schema import layer_column
-from .config import DumpConfig
+from ...store import ConfigError, FieldSpec, manifest
+from ...store.activations import Sites
+from ...store.head import head_module
+from ...store.probe import is_transformers
+from ...store.schema import layer_column
+from ..config import DumpConfig
+from ..tasks import TASKS
 from .layers import (
     ALL_LAYERS,
     HEAD_MEAN,
@@ -42,7 +43,6 @@ from .layers import (
     columns_of,
     stored_kinds,
 )  # fmt: skip
-from .tasks import TASKS
 
 Place = tuple[str, int | str]  # ("hidden_states", 3), ("module", "blocks.5.mlp"): as Sites names it
 POOLED = "teacher_pooled"

@@ -14,9 +14,9 @@ import torch
 import transformers
 from transformers.utils import logging
 
-from ..store.errors import ConfigError, PredistillError
-from ..store.identity import digest, tokenizer_sha256, weights_sha256
-from .config import AUTO, DumpConfig
+from ...store.errors import ConfigError, PredistillError
+from ...store.identity import digest, tokenizer_sha256, weights_sha256
+from ..config import AUTO, DumpConfig
 
 TRANSIENT = ("_name_or_path", "_commit_hash", "transformers_version", "_attn_implementation", "attn_implementation")
 _UNLIMITED = 10**6  # tokenizers that know no limit say 10**30

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from ..store.errors import ConfigError
+from ...store.errors import ConfigError
 
 LAYERED = ("hidden_states", "attentions", "attention_scores", "queries", "keys", "values")  # a column a layer
 INNER = (*LAYERED, "pooled")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..store.errors import ConfigError
+from ...store.errors import ConfigError
 
 _GENERIC = re.compile(r"label[_ ]?\d+|\d+", re.IGNORECASE)
 _ENOUGH = 30  # labelled rows before agreement says anything

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..store import ConfigError, DataError, FieldSpec, schema
-from ..store.codecs import codec_of, parts_of
-from ..store.head import Head
-from .config import CHOSEN_BY_BUDGET, DumpConfig
-from .token_logits import DENSE, SAMPLED, TOP_K, TokenLogits, chunks, draw, score, top_p_counts
+from ...store import ConfigError, DataError, FieldSpec, schema
+from ...store.codecs import codec_of, parts_of
+from ...store.head import Head
+from ..config import CHOSEN_BY_BUDGET, DumpConfig
+from .tokens import DENSE, SAMPLED, TOP_K, TokenLogits, chunks, draw, score, top_p_counts
 
 POSITIONS = 512  # of pilot rows
 _A_BATCH = 128  # positions of one batch, so that they come from several rows

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..store.errors import DataError
+from ...store.errors import DataError
 
 CHUNK_ROWS = 2000  # rows that are Python strings at one time
 CHUNK_BYTES = 4 * 2**20  # of text; its tokens, as the tokenizer gives them, take some thirty times as much

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..store import ConfigError, DataError, content_hash
-from ..store.identity import digest
+from ...store import ConfigError, DataError, content_hash
+from ...store.identity import digest
 from .documents import COMPLETION, PROMPT, Where, Written, check_fast, span_array
 from .texts import check_rows
 

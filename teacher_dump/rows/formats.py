@@ -6,10 +6,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from ..store import ConfigError, DataError
-from .config import DumpConfig
+from ...store import ConfigError, DataError
+from ..config import DumpConfig
+from ..data import SourceData, check_columns
 from .conversations import MESSAGES, Conversations, PromptMessages, is_list
-from .data import SourceData, check_columns
 from .documents import COMPLETION, PROMPT, TEXT, Format, PlainText, PromptText
 
 _TOOLS = "tools"  # TRL's column of what the assistant may call

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..store import ConfigError, FieldSpec
-from ..store.schema import LABELS, LOGITS
-from .config import AUTO, NO_COLUMN, DumpConfig
-from .data import SourceData, check_columns
-from .label_names import agree, teacher_names
-from .labels import MULTI, REGRESSION, SINGLE, Labels, class_names, is_list
-from .teacher import Teacher
+from ...store import ConfigError, FieldSpec
+from ...store.schema import LABELS, LOGITS
+from ..config import AUTO, NO_COLUMN, DumpConfig
+from ..data import SourceData, check_columns
+from ..rows.label_names import agree, teacher_names
+from ..rows.labels import MULTI, REGRESSION, SINGLE, Labels, class_names, is_list
+from ..teachers.teacher import Teacher
 
 REAL_SUMMARIES = ("confidence", "entropy", "loss")
 

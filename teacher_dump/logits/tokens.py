@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..store import ConfigError, FieldSpec, schema
-from ..store.head import Head
-from .config import DumpConfig
+from ...store import ConfigError, FieldSpec, schema
+from ...store.head import Head
+from ..config import DumpConfig
 
 CHUNK_BYTES = 128 * 2**20  # on a CPU; V = 152,000: 706 ms with 32 MB, 458 with 128 MB, 431 with 256 MB
 CHUNK_BYTES_ON_DEVICES = 2**30  # whose kernels want hundreds of positions, and whose memory holds a teacher

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from ..store import ConfigError
-from ..store.head import logits_of
-from ..store.identity import digest, state_sha256
-from ..store.probe import evaluating, unwrapped
-from ..store.schema import ATTENTION_MASK, INPUT_IDS, TOKEN_TYPES
-from .config import AUTO, DumpConfig
-from .tasks import TASKS
+from ...store import ConfigError
+from ...store.head import logits_of
+from ...store.identity import digest, state_sha256
+from ...store.probe import evaluating, unwrapped
+from ...store.schema import ATTENTION_MASK, INPUT_IDS, TOKEN_TYPES
+from ..config import AUTO, DumpConfig
+from ..tasks import TASKS
 from .teacher import TRANSIENT, Teacher, one_line, quiet_transformers, resolve_device
 
 _SHAPES = {  # of logits; of others each token has some
@@ -37,7 +37,7 @@ _PROBED = "a few words to see what a teacher makes of them"
 def teacher_of(config: DumpConfig, model_class: str, model: nn.Module | None) -> Teacher:
     """The teacher that is given, else the one that `config` names; of images, where the task is one of them."""
     if TASKS[config.task].of_images:
-        from .image_teacher import GivenImageTeacher, ImageTeacher
+        from .images import GivenImageTeacher, ImageTeacher
 
         return ImageTeacher(config, model_class) if model is None else GivenImageTeacher(config, model_class, model)
     return Teacher(config, model_class) if model is None else GivenTeacher(config, model_class, model)

@@ -1,0 +1,1 @@
+"""What is kept of logits, of classes and of tokens, and how true it is."""

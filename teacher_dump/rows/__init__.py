@@ -1,0 +1,1 @@
+"""How columns of a source become rows: texts, labels, documents, questions, images."""

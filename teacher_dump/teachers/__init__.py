@@ -1,0 +1,1 @@
+"""Teachers: saved ones, ones given as objects, ones that read images."""
