@@ -196,11 +196,14 @@ def augment(ctx: click.Context, config_file: str | None, as_json: bool, **_: Any
 
 @cli.command(
     params=[*flags.parameters(MergeConfig), *common()],
-    epilog=example("predistill merge stores/monday stores/tuesday --output-dir stores/both"),
+    epilog=example(
+        "predistill merge stores/monday stores/tuesday --output-dir stores/both",
+        "predistill merge stores/bert stores/roberta --output-dir stores/ensemble",
+    ),
 )
 @click.pass_context
 def merge(ctx: click.Context, as_json: bool, **_: Any) -> None:
-    """Make one store of several: more splits, more rows, or more fields of the same rows."""
+    """Make one store of several: more splits, more rows; more fields of the same rows, or more teachers of them."""
     own, _rest = flags.settings(ctx, MergeConfig)
     with output.data_stream() as stream:
         from .store.convert.merge import merge as run

@@ -118,6 +118,9 @@ def pairs_page(stream: TextIO, found: Mapping[str, Any]) -> None:
 def info_page(stream: TextIO, found: Mapping[str, Any]) -> None:
     """What `info` and `dump` say: keys of the JSON document, short."""
     made_from = {name: _named(found.get(name)) for name in ("teacher", "tokenizer", "processor", "dataset")}
+    if found.get("teachers"):
+        said = (f"{one['prefix']}… {_named(one['teacher'] | {'name': one['name']})}" for one in found["teachers"])
+        made_from = {"teachers": "; ".join(said), **made_from, "teacher": None}
     tokens = any(split["tokens"] for split in found["splits"].values())  # none of images
     about = {
         "store": found.get("path"),
@@ -148,21 +151,25 @@ def _size(count: int | None) -> str:
     return "" if count is None else format_size(count)
 
 
+def _is_hash(key: str) -> bool:
+    return "sha256" in key and not key.startswith("first_")  # of the rows that a stream was planned by
+
+
 def _named(identity: Any) -> str | None:
     """The name of a teacher, tokenizer or dataset, with the start of its hash."""
     if not isinstance(identity, Mapping):
         return None if identity is None else str(identity)
     name = next((identity[key] for key in ("name", "id", "path", "class") if identity.get(key)), "")
-    digest = next((str(value) for key, value in identity.items() if "sha256" in key and value), "")
+    digest = next((str(value) for key, value in identity.items() if _is_hash(key) and value), "")
     return " ".join(part for part in (str(name), digest[:12]) if part)
 
 
 def plan_page(stream: TextIO, found: Mapping[str, Any]) -> None:
     pairs_page(stream, {
-        "samples": f"{found['samples']:,}",
-        "size": f"{format_size(found['bytes'])}, {found['bytes_per_sample']:,.1f} bytes a sample",
-        "shards": found["shards"],
-        "time": f"{found['seconds']:,.0f} s, from a pilot",
+        "samples": _known(found["samples"], "{:,}"),
+        "size": f"{_size(found['bytes']) or 'unknown'}, {found['bytes_per_sample']:,.1f} bytes a sample",
+        "shards": _known(found["shards"], "{}"),
+        "time": _known(found["seconds"], "{:,.0f} s, from a pilot"),
         "free on disk": format_size(found["free_bytes"]),
     })  # fmt: skip
     if found.get("candidates"):
@@ -177,10 +184,15 @@ def plan_page(stream: TextIO, found: Mapping[str, Any]) -> None:
         stream.write("\nWhat a reader gets back against what the teacher said, on pilot rows; of the worst layer.\n")
 
 
+def _known(value: Any, form: str) -> str:
+    """Of a stream, nobody knows how much will come."""
+    return "unknown" if value is None else form.format(value)
+
+
 def _candidate_row(one: Mapping[str, Any], chosen: str | None) -> list[Any]:
     measured = [one[name] for name in ("kl", "kl_at_2", "kl_at_2_with_logsumexp")]
     return [
-        one["name"], f"{one['bytes_per_token']:,.1f}", format_size(one["bytes"]), f"{one['mass']:.1%}",
+        one["name"], f"{one['bytes_per_token']:,.1f}", _size(one["bytes"]) or "unknown", f"{one['mass']:.1%}",
         *("-" if value is None else f"{value:.3g}" for value in measured),
         "chosen" if one["name"] == chosen else "",
     ]  # fmt: skip
@@ -209,7 +221,8 @@ def verify_page(stream: TextIO, found: Mapping[str, Any]) -> None:
 
 
 def _recheck_page(stream: TextIO, said: Mapping[str, Any]) -> None:
-    stream.write(f"\n{said['rows']} rows, seed {said['seed']}, through {said['teacher']}:\n\n")
+    beside = f", beside what the store has of {said['member']}" if said.get("member") else ""
+    stream.write(f"\n{said['rows']} rows, seed {said['seed']}, through {said['teacher']}{beside}:\n\n")
     names = ("largest", "bound", "worst", "mean", "beyond", "values")
     write_table(stream, ("column", "largest deviation", "its bound", "most of a bound", "mean", "beyond", "of values"),
                 [(column, *(one[name] for name in names)) for column, one in said["fields"].items()])  # fmt: skip

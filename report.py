@@ -34,12 +34,12 @@ def report(config: ReportConfig) -> dict[str, Any]:
     output = free_output(Path(config.output))
     store_paths, run_paths = sorted_out(config.paths)
 
-    from .report_page.about_store import about_store
+    from .report_page.about_store import about_stores
     from .report_page.compare import compare
     from .report_page.page import page
     from .report_page.runs import read_runs
 
-    stores = [about_store(path) for path in store_paths]
+    stores = [one for path in store_paths for one in about_stores(path)]
     runs = read_runs(run_paths)
     found = {"stores": stores, "runs": runs, **compare(runs, stores)}
     written = write(output, page(found, __version__))

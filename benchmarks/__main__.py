@@ -11,6 +11,7 @@
     inside_exactness  offline against online loss and gradient, of each loss of the inside
     language_codecs   bytes a token against KL, for each way of keeping logits
     language_step     a language model's step ÷ plain, online and dense; memory
+    scale             plan, index and sampler of a million samples in 100,000 shards (only when named: ten minutes)
     results           students with and without distillation (only when named: an hour)
     language_results  the same of language models (only when named: half an hour)
     inside_results    students that learn what is inside a teacher, or its answers alone (only when named: an hour)
@@ -20,6 +21,7 @@
     augment_results   students of few rows, augmented or not (only when named)
     tagger_speed      words a second and size of a tagger that reads words ÷ its teacher (only when named)
     tagger_results    taggers with and without distillation, with and without word vectors (only when named: hours)
+    shared_store      two workers, a remote, another user, two ranks (only when named: half an hour)
     ensemble_results  students of three teachers, or of the best of them (only when named: an hour)
 
 Teachers, stores and runs are kept in benchmarks/work, or where PREDISTILL_BENCH says (up to 30 GB); data
@@ -37,7 +39,8 @@ DEFAULT = (
     "language_codecs", "language_step",
 )  # fmt: skip
 NAMED = ("results", "language_results", "inside_results", "reader_results", "image_results", "augment_results",
-         "segmentation_results", "ensemble_results", "tagger_speed", "tagger_results")  # fmt: skip
+         "segmentation_results", "ensemble_results", "tagger_speed", "tagger_results", "scale",
+         "shared_store")  # fmt: skip
 
 
 def main() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..store import manifest
+from ..store.members import tellers
 from ..store.reader import TeacherStore
 from ..store.verify import describe
 from .asked import Asked
@@ -19,38 +20,56 @@ MOST_LINES = 100  # of splits, of settings
 LONGEST = 200  # characters of a value
 
 
-def about_store(path: str) -> dict[str, Any]:
-    """Everything that the page says of a store; an unfinished one is reported on as far as it is.
+def about_stores(path: str) -> list[dict[str, Any]]:
+    """Everything that the page says of a store, of an ensemble store teacher by teacher; an unfinished one is reported
+    on as far as it is.
 
     Raises StoreError for what is no store, or is damaged.
     """
     told = describe(path)
     with TeacherStore.open(path, allow_partial=True) as store:
-        known: dict[str, Any] = {"knowledge": None, "hardest": {"by": None, "columns": [], "rows": [], "notes": []}}
-        splits = list(told["splits"])[:MOST_LINES]
-        indexed = None
-        if store.shards:
-            with Asked(store, partial=not told["complete"]) as asked:
-                indexed = asked.rows("SELECT count(*) FROM samples")[0][0]
-                known = {"knowledge": knowledge(asked, splits, told["label_names"]), "hardest": hardest(store, asked)}
-        return {
-            "name": name_of(path, store.url),
-            "task": str(told["task"]),
-            "complete": told["complete"],
-            "shards": len(store.shards),
-            "planned_shards": len(manifest.read_plan(store.path).shards) if not told["complete"] else len(store.shards),
-            "samples": told["samples"],
-            "bytes": told["bytes"],
-            "fingerprint": told["fingerprint"],
-            "classes": len(told["label_names"]) if isinstance(told["label_names"], list) else None,
-            "made_from": [(part, line) for part in MADE_FROM if (line := named(told[part]))],
-            "versions": named(told["versions"]),
-            "settings": settings(told["settings"]),
-            "splits": split_sizes(store, told["splits"]),
-            "checks": checks(store, told, indexed),
-            "fields": field_costs(told),
-            **known,
-        }
+        members = store.members if told["complete"] else [store]
+        return [_about(path, one, *_of_member(told, store, one)) for one in members]
+
+
+def _of_member(told: Mapping[str, Any], whole: TeacherStore, store: TeacherStore) -> tuple[dict[str, Any], set[str]]:
+    """(what is told of one teacher, the columns of the whole store that it does not know by that name)"""
+    if store is whole:
+        return dict(told), set()
+    columns = {one.name: set(one.columns.values()) for one in tellers(whole)}
+    others = set().union(*(each for name, each in columns.items() if name != store.member))
+    fields = {name: field for name, field in told["fields"].items() if name not in others}
+    made = {**told, "teacher": store.identity["teacher"], "settings": store.settings, "fields": fields}
+    return made, set().union(*columns.values()) - set(store.fields)
+
+
+def _about(path: str, store: TeacherStore, told: Mapping[str, Any], unknown: Collection[str]) -> dict[str, Any]:
+    known: dict[str, Any] = {"knowledge": None, "hardest": {"by": None, "columns": [], "rows": [], "notes": []}}
+    splits = list(told["splits"])[:MOST_LINES]
+    indexed = None
+    if store.shards:
+        with Asked(store, partial=not told["complete"]) as asked:
+            asked.columns = {name: kind for name, kind in asked.columns.items() if name not in unknown}
+            indexed = asked.rows("SELECT count(*) FROM samples")[0][0]
+            known = {"knowledge": knowledge(asked, splits, told["label_names"]), "hardest": hardest(store, asked)}
+    return {
+        "name": name_of(path, store.url) + (f": {store.member}" if store.member else ""),
+        "task": str(told["task"]),
+        "complete": told["complete"],
+        "shards": len(store.shards),
+        "planned_shards": len(manifest.read_plan(store.path).shards) if not told["complete"] else len(store.shards),
+        "samples": told["samples"],
+        "bytes": told["bytes"],
+        "fingerprint": told["fingerprint"],
+        "classes": len(told["label_names"]) if isinstance(told["label_names"], list) else None,
+        "made_from": [(part, line) for part in MADE_FROM if (line := named(told[part]))],
+        "versions": named(told["versions"]),
+        "settings": settings(told["settings"]),
+        "splits": split_sizes(store, told["splits"]),
+        "checks": checks(store, told, indexed),
+        "fields": field_costs(told),
+        **known,
+    }
 
 
 def name_of(path: str, url: str | None) -> str:

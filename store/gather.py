@@ -8,8 +8,9 @@ twice (docs/experiments.md).
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,8 @@ import pyarrow as pa
 from . import schema
 from .codecs import WHOLE_COLUMN, Part, codec_of, parts_of, stored_parts
 from .errors import StoreCorrupt
-from .mapped import MappedShard
-from .rows import BatchRows, Extent
+from .mapped import MOST, MappedShard
+from .rows import BatchRows, Extent, Opened
 from .schema import FieldSpec
 
 WIDE = 16 << 10  # bytes a row from which it is copied by itself
@@ -61,9 +62,10 @@ class Gather:
         self, fields: Sequence[FieldSpec], first_row: np.ndarray, open_shard: Callable[[int], MappedShard],
         stored: Collection[str] = (),
     ):  # fmt: skip
-        self.fields, self.first_row, self.mapped, self.stored = list(fields), first_row, open_shard, stored
+        self.fields, self.first_row, self.stored = list(fields), first_row, stored
         self.parts = {spec.name: parts_of(spec) for spec in fields if spec.codec not in WHOLE_COLUMN}
-        self._extents: dict[int, dict[tuple[str, str], Extent]] = {}
+        opened = functools.partial(_opened, self.fields, self.parts, first_row, open_shard)
+        self.opened = functools.lru_cache(MOST)(opened)
         self.ragged = any(schema.symbols(part.shape) for parts in self.parts.values() for part in parts)
         self.leaders: dict[str, str] = {}  # symbol -> the first column whose starts count it
         for spec in fields:
@@ -94,26 +96,7 @@ class Gather:
 
     def extent(self, shard: int, name: str, part: Part) -> Extent:
         """A part of a shard, checked: token-level fields must have their row's number of tokens."""
-        if shard not in self._extents:
-            self._extents[shard] = self._map(shard)
-        return self._extents[shard][name, part.name]
-
-    def _map(self, shard: int) -> dict[tuple[str, str], Extent]:
-        mapped, extents = self.mapped(shard), {}
-        rows = int(self.first_row[shard + 1] - self.first_row[shard])
-        if mapped.rows != rows:
-            raise StoreCorrupt(f"{mapped.path}: {rows} rows by the manifest; got {mapped.rows}")
-        leaders: dict[Any, np.ndarray] = {}
-        for spec in self.fields:
-            for part in self.parts.get(spec.name, ()):
-                values, starts = mapped.part(spec, part)
-                if starts is not None and schema.is_list(part.shape) and part.shape[0] != "*":
-                    leader = leaders.setdefault(part.shape[0], starts)
-                    if leader is not starts and not np.array_equal(leader, starts):
-                        raise StoreCorrupt(f"{mapped.path}: column {spec.name} has other lengths than its row's tokens")
-                    starts = leader  # one copy in cache for all columns
-                extents[spec.name, part.name] = Extent(values, starts)
-        return extents
+        return self.opened(shard).extents[name, part.name]
 
     def _take(self, spec: FieldSpec, part: Part, rows: BatchRows, slot: Slot) -> np.ndarray:
         if not schema.symbols(part.shape):
@@ -214,10 +197,31 @@ class Gather:
         found: list[Any] = [None] * rows.count
         for shard, places, local in rows.groups():
             chosen = pa.Array.from_buffers(pa.int64(), len(local), [None, pa.py_buffer(np.ascontiguousarray(local))])
-            taken = self.mapped(shard).checked(spec.name).take(chosen).to_pylist()
+            taken = self.opened(shard).mapped.checked(spec.name).take(chosen).to_pylist()
             for (place, _), value in zip(rows.pairs(places, local), taken, strict=True):
                 found[place] = value
         return found
+
+
+def _opened(
+    fields: Sequence[FieldSpec], parts: Mapping[str, Sequence[Part]], first_row: np.ndarray,
+    open_shard: Callable[[int], MappedShard], shard: int,
+) -> Opened:  # fmt: skip
+    mapped, extents = open_shard(shard), {}
+    rows = int(first_row[shard + 1] - first_row[shard])
+    if mapped.rows != rows:
+        raise StoreCorrupt(f"{mapped.path}: {rows} rows by the manifest; got {mapped.rows}")
+    leaders: dict[Any, np.ndarray] = {}
+    for spec in fields:
+        for part in parts.get(spec.name, ()):
+            values, starts = mapped.part(spec, part)
+            if starts is not None and schema.is_list(part.shape) and part.shape[0] != "*":
+                leader = leaders.setdefault(part.shape[0], starts)
+                if leader is not starts and not np.array_equal(leader, starts):
+                    raise StoreCorrupt(f"{mapped.path}: column {spec.name} has other lengths than its row's tokens")
+                starts = leader  # one copy in cache for all columns
+            extents[spec.name, part.name] = Extent(values, starts)
+    return Opened(mapped, extents)
 
 
 def _take_into(values: np.ndarray, entries: np.ndarray, out: np.ndarray, places: slice | np.ndarray) -> None:

@@ -13,6 +13,7 @@ import pyarrow as pa
 from datasets.table import InMemoryTable
 
 from .errors import ConfigError
+from .identity import digest
 from .reader import TeacherStore
 from .schema import CONTENT_HASH
 
@@ -42,6 +43,7 @@ def to_dataset(store: TeacherStore, split: str | None = None) -> datasets.Datase
     table = StoreTable(store, split)
     name = datasets.NamedSplit(split) if split else None
     content = store.manifest.get("sha256", store.fingerprint)  # the plan's stays where rows are dropped
+    content = digest([content, store.member]) if store.member else content
     return datasets.Dataset(table, split=name, fingerprint=f"{content[:16]}{split or ''}")
 
 

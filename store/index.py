@@ -6,8 +6,10 @@ table that holds half-precision columns, so narrow tables are bound. `samples.pa
 
 from __future__ import annotations
 
+import bisect
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,14 @@ _FULL = (duckdb.IOException, duckdb.OutOfMemoryException, duckdb.TransactionExce
 _AS = ("sample_id::BIGINT AS sample_id", "split::VARCHAR AS split", "shard::VARCHAR AS shard", "row::BIGINT AS row")
 _MISPLACED = """
 WITH placed AS (SELECT shard, split, rows, sum(rows) OVER (ORDER BY rowid) - rows AS first FROM shards)
-SELECT count(*) FROM (SELECT *, row_number() OVER (ORDER BY sample_id) - 1 AS at FROM samples) s
+SELECT count(*) FROM (SELECT *, rowid AS at FROM samples) s
 LEFT JOIN placed p ON s.shard = p.shard
 WHERE NOT coalesce(s.sample_id = s.at AND s.split = p.split AND s.row = s.sample_id - p.first
                    AND s.row >= 0 AND s.row < p.rows, false)
 """  # rows of `samples` that do not stand where `shards` has them
+_TOGETHER = (1000, 1 << 20)  # shards, and rows, that go to DuckDB at once: each insert by itself costs 16 ms
+_MEMORY = f"{min(2 << 30, os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2)}B"  # DuckDB would take 80 %
+_SPAN = 1 << 24  # sample_ids looked at together: 128 MB
 ADDRESS = ("sample_id", "split", "source_index", "view", "content_hash", "shard", "row", "num_tokens", "label")
 
 
@@ -45,11 +50,13 @@ def build(folder: Path, made: Mapping[str, Any]) -> None:
     parquet = folder / f"{manifest.SAMPLES}.tmp"
     for path in (temporary, Path(f"{temporary}.wal")):
         path.unlink(missing_ok=True)
+    shutil.rmtree(f"{temporary}.tmp", ignore_errors=True)  # what DuckDB spilled before it was killed
     try:
-        with duckdb.connect(str(temporary)) as connection:
+        with duckdb.connect(str(temporary), config={"memory_limit": _MEMORY}) as connection:
             fill(connection, folder, made)
             connection.execute("CHECKPOINT")  # one that fails at close fails in silence
-            connection.sql("SELECT * FROM samples ORDER BY sample_id").write_parquet(str(parquet), compression="zstd")
+            # in the order of insertion, which is that of sample_id: sorting a billion rows would spill them all
+            connection.sql("FROM samples").write_parquet(str(parquet), compression="zstd")
     except (
         duckdb.IOException,
         duckdb.OutOfMemoryException,
@@ -76,7 +83,7 @@ def build_from_samples(folder: Path, made: Mapping[str, Any]) -> None:
     temporary.unlink(missing_ok=True)
     plan = manifest.plan_of(made, str(folder))
     try:
-        with duckdb.connect(str(temporary)) as connection:
+        with duckdb.connect(str(temporary), config={"memory_limit": _MEMORY}) as connection:
             shards_table(connection, plan, made)
             samples = connection.read_parquet(str(source))
             if not set(ADDRESS) <= set(samples.columns):
@@ -84,7 +91,7 @@ def build_from_samples(folder: Path, made: Mapping[str, Any]) -> None:
             total = sum(entry["rows"] for entry in made["shards"])
             if connection.sql("SELECT count(*) FROM samples").fetchall() != [(total,)]:
                 raise StoreCorrupt(f"{source} has not the {total} rows that the manifest counts")
-            kept = f"SELECT * REPLACE ({', '.join(_AS)}) FROM samples ORDER BY sample_id"
+            kept = f"SELECT * REPLACE ({', '.join(_AS)}) FROM samples{_order(source, connection)}"
             connection.execute(f"CREATE TABLE samples AS {kept}")
             if connection.sql(_MISPLACED).fetchall() != [(0,)]:
                 raise StoreCorrupt(f"{source} does not place its rows where the manifest has them")
@@ -97,40 +104,54 @@ def build_from_samples(folder: Path, made: Mapping[str, Any]) -> None:
     os.replace(temporary, target)
 
 
+def _order(source: Path, connection: duckdb.DuckDBPyConnection) -> str:
+    """What sorts a samples table by sample_id; nothing where it is, as a dump writes it."""
+    rows = connection.read_parquet(str(source), file_row_number=True)
+    sorted_ = rows.filter("sample_id IS DISTINCT FROM file_row_number").limit(1).fetchall() == []
+    return "" if sorted_ else " ORDER BY sample_id"
+
+
 def fill(connection: duckdb.DuckDBPyConnection, folder: Path, made: Mapping[str, Any]) -> None:
     """The `shards` and `samples` tables of a manifest, into any connection."""
     plan = manifest.plan_of(made, str(folder))
     shards_table(connection, plan, made)
-    first = 0
+    for number, narrow in enumerate(_tables(folder, plan, made)):
+        if number == 0:
+            _select(connection, narrow, "CREATE TABLE samples AS SELECT {} FROM narrow LIMIT 0")
+        _select(connection, narrow, "INSERT INTO samples SELECT {} FROM narrow")
+
+
+def _tables(folder: Path, plan: manifest.Plan, made: Mapping[str, Any]) -> Iterator[pa.Table]:
+    """The index rows of all shards in order, those of neighbours together."""
+    held, rows, first = list[pa.Table](), 0, 0
     for shard, entry in zip(plan.shards, made["shards"], strict=True):
-        mapped = MappedShard(manifest.shard_path(folder, shard.name))
-        _insert(connection, _narrow(mapped, shard.name, shard.split, first), shard is plan.shards[0])
-        first += entry["rows"]
+        narrow = _narrow(MappedShard(manifest.shard_path(folder, shard.name)), shard.name, shard.split, first)
+        full = len(held) == _TOGETHER[0] or rows + len(narrow) > _TOGETHER[1]
+        if held and (full or narrow.schema != held[0].schema):
+            yield pa.concat_tables(held)
+            held, rows = [], 0
+        held.append(narrow)
+        rows, first = rows + len(narrow), first + entry["rows"]
+    if held:
+        yield pa.concat_tables(held)
 
 
 def shards_table(connection: duckdb.DuckDBPyConnection, plan: manifest.Plan, made: Mapping[str, Any]) -> None:
     """The `shards` table, of the manifest alone."""
-    names = ("shard", "split", "view", "start", "stop", "rows", "tokens", "bytes", "sha256")
-    words = ("shard", "split", "sha256")
-    kinds = ", ".join(f"{name} {'VARCHAR' if name in words else 'BIGINT'}" for name in names)
-    connection.execute(f"CREATE TABLE shards ({kinds})")
-    rows = [
-        [shard.name, shard.split, shard.view, shard.start, shard.stop]
-        + [entry[name] for name in ("rows", "tokens", "bytes", "sha256")]
-        for shard, entry in zip(plan.shards, made["shards"], strict=True)
-    ]
-    if rows:
-        connection.executemany(f"INSERT INTO shards VALUES ({', '.join('?' * len(names))})", rows)
+    words = {name: [getattr(shard, name) for shard in plan.shards] for name in ("name", "split")}
+    words["sha256"] = [entry["sha256"] for entry in made["shards"]]
+    numbers = {name: [getattr(shard, name) for shard in plan.shards] for name in ("view", "start", "stop")}
+    numbers |= {name: [entry[name] for entry in made["shards"]] for name in ("rows", "tokens", "bytes")}
+    columns = {name: pa.array(values, pa.string()) for name, values in words.items()}
+    columns |= {name: pa.array(values, pa.int64()) for name, values in numbers.items()}
+    names = "name AS shard, split, view, start, stop, rows, tokens, bytes, sha256"
+    _select(connection, pa.table(columns), f"CREATE TABLE shards AS SELECT {names} FROM narrow")
 
 
-def _insert(connection: duckdb.DuckDBPyConnection, narrow: pa.Table, create: bool) -> None:
-    columns = ", ".join(_expression(field) for field in narrow.schema)
+def _select(connection: duckdb.DuckDBPyConnection, narrow: pa.Table, statement: str) -> None:
+    """A statement about an Arrow table `narrow`; {} in it are its columns as the index has them."""
     connection.register("narrow", narrow)
-    connection.execute(
-        f"CREATE TABLE samples AS SELECT {columns} FROM narrow"
-        if create
-        else f"INSERT INTO samples SELECT {columns} FROM narrow"
-    )
+    connection.execute(statement.format(", ".join(_expression(field) for field in narrow.schema)))
     connection.unregister("narrow")
 
 
@@ -228,11 +249,30 @@ class Index:
     def sample_ids(self, where: str, split: str | None = None) -> np.ndarray:
         """sample_id of the rows (of a split) that a WHERE expression keeps, ascending, int64. Raises ConfigError."""
         of_split = "" if split is None else f" AND split = '{split}'"  # a plain file name: the manifest was checked
-        query = f"SELECT sample_id FROM samples WHERE (\n{where}\n){of_split} ORDER BY sample_id"
+        query = f"SELECT sample_id FROM samples WHERE (\n{where}\n){of_split}"
         try:
-            return self.connection.sql(query).fetchnumpy()["sample_id"].astype(np.int64)
+            found = self.connection.sql(query).fetchnumpy()["sample_id"].astype(np.int64, copy=False)
         except duckdb.Error as error:
             raise ConfigError(f"where {where!r} is no SQL condition on samples: {_sentence(error)}") from error
+        if (found[1:] <= found[:-1]).any():  # only of an index that was not made here
+            found = np.unique(found)
+        return found
+
+    def longest(self, ids: np.ndarray | range) -> tuple[int, int] | None:
+        """(place, tokens) of the longest of some ascending sample_ids, the first of them; None where `samples` does not
+        say it of all rows."""
+        best, begin = (0, -1), 0
+        while begin < len(ids):
+            end = bisect.bisect_left(ids, ids[begin] + _SPAN)
+            first, last = int(ids[begin]), int(ids[end - 1])
+            query = f"SELECT num_tokens FROM samples WHERE sample_id BETWEEN {first} AND {last}"
+            found = self.connection.sql(query).fetchnumpy()["num_tokens"]
+            if len(found) != last - first + 1 or np.ma.is_masked(found):
+                return None
+            tokens = found if last - first == end - begin - 1 else found[np.asarray(ids[begin:end]) - first]
+            at = int(np.argmax(tokens))
+            best, begin = max(best, (begin + at, int(tokens[at])), key=lambda one: one[1]), end
+        return best
 
     def __enter__(self) -> Index:
         return self
@@ -259,15 +299,28 @@ def _sentence(error: duckdb.Error) -> str:
     return " ".join(str(error).split())[:400]
 
 
-def contents(connection: duckdb.DuckDBPyConnection) -> list[Any]:
-    """What both tables hold, in a form that can be compared with another index's."""
-    return [content(connection, table, order) for table, order in (("shards", "shard"), ("samples", "sample_id"))]
+def agrees(folder: Path, made: Mapping[str, Any], stored: duckdb.DuckDBPyConnection) -> bool:
+    """Do both tables hold what the shards say? Compared by hashes of rows, some shards at a time."""
+    plan = manifest.plan_of(made, str(folder))
+    with duckdb.connect(":memory:") as fresh:
+        shards_table(fresh, plan, made)
+        if content(fresh, "shards") != content(stored, "shards"):
+            return False
+        told = content(stored, "samples")
+        for number, narrow in enumerate(_tables(folder, plan, made)):
+            if number == 0:
+                _select(fresh, narrow, "CREATE TABLE samples AS SELECT {} FROM narrow LIMIT 0")
+            fresh.execute("CREATE OR REPLACE TABLE held AS FROM samples")
+            _select(fresh, narrow, "INSERT INTO held SELECT {} FROM narrow")
+            columns, rows = content(fresh, "held")
+            if told[0] != columns or any(told[1].pop(shard, None) != found for shard, found in rows.items()):
+                return False
+    return not told[1]
 
 
-def content(connection: duckdb.DuckDBPyConnection, table: str, order: str) -> Any:
-    """(columns, rows, hash of every row with its place) of one table."""
-    relation = connection.sql(f"SELECT * FROM {table}")
-    schema_of = [(name, str(kind)) for name, kind in zip(relation.columns, relation.types, strict=True)]
-    numbered = f"SELECT row_number() OVER (ORDER BY {order}) AS place, t FROM {table} t"
-    query = f"SELECT count(*), bit_xor(hash(place, t)) FROM ({numbered})"
-    return schema_of, connection.sql(query).fetchall()[0]
+def content(connection: duckdb.DuckDBPyConnection, table: str) -> tuple[list[Any], dict[str, tuple[int, int]]]:
+    """(columns, {shard: (rows, sum of the rows' hashes)}) of one table."""
+    relation = connection.sql(f"FROM {table}")
+    columns = [(name, str(kind)) for name, kind in zip(relation.columns, relation.types, strict=True)]
+    found = connection.execute(f"SELECT shard, count(*), sum(hash(t)) FROM {table} t GROUP BY shard").fetchall()
+    return columns, {shard: (count, total) for shard, count, total in found}

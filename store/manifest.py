@@ -1,8 +1,8 @@
 """plan.json and store.json: what a dump set out to do, and what it did.
 
-`plan.json` is written first and never changed; its hash, the fingerprint, stands in every shard. `store.json` is
-written last: a folder without it is unfinished. It lists every shard's sha256, bytes and rows and carries the hash
-of its own content.
+`plan.json` is written first and never changed; its hash, the fingerprint, stands in every shard. A plan of rows that
+nobody has counted has no shards of its own: it grows by parts (parts.py). `store.json` is written last: a folder
+without it is unfinished. It lists every shard's sha256, bytes and rows and carries the hash of its own content.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,6 +23,7 @@ from .shard import ShardPlan, fsync_folder
 PLAN, MANIFEST, SHARDS = "plan.json", "store.json", "shards"
 FOLDERS = ("tokenizer", "processor")
 INDEX, SAMPLES, CARD, LOCK = "index.duckdb", "samples.parquet", "README.md", ".lock"
+GROWING = ("rows", "rows_sha256")  # of a dataset's identity: what the parts of a plan that grows add up to
 NAMED = ("teacher", "tokenizer", "processor", "dataset")  # parts of the identity whose "name" is information only
 LARGEST_JSON = 1 << 30  # bytes; a manifest of a million shards is 300 MB
 _SAFE = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-.")
@@ -33,6 +34,7 @@ class Plan:
     """What a dump set out to do.
 
     settings: everything chosen that changes content; identity: teacher, tokenizer, dataset, versions, hashed.
+    grows_by: source rows of a part, where shards come in parts; None where all are known.
     """
 
     task: str
@@ -41,9 +43,20 @@ class Plan:
     fields: list[FieldSpec]
     shards: list[ShardPlan]
     label_names: list[str] | None = None
+    grows_by: int | None = None
+
+    @property
+    def base(self) -> Plan:
+        """As it was before any part was appended; the plan itself where it does not grow."""
+        if self.grows_by is None:
+            return self
+        dataset = {key: value for key, value in self.identity["dataset"].items() if key not in GROWING}
+        return replace(self, identity={**self.identity, "dataset": dataset}, shards=[])
 
     def to_json(self) -> dict[str, Any]:
+        grows = {} if self.grows_by is None else {"grows_by": self.grows_by}
         return {
+            **grows,
             "format_version": FORMAT_VERSION,
             "task": self.task,
             "settings": self.settings,
@@ -55,8 +68,9 @@ class Plan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of the plan without the names of teacher, tokenizer and dataset, which say where, not what."""
-        plan = json.loads(json.dumps(self.to_json()))
+        """Digest of the plan without the names of teacher, tokenizer and dataset, which say where, not what; of one
+        that grows, without what its parts add."""
+        plan = json.loads(json.dumps(self.base.to_json()))
         for part in NAMED:
             if isinstance(plan["identity"].get(part), dict):
                 plan["identity"][part].pop("name", None)
@@ -69,8 +83,11 @@ class Plan:
             shards = [ShardPlan(**shard) for shard in data["shards"]]
             fields = [FieldSpec.from_json(spec) for spec in data["fields"]]
             plan = cls(
-                data["task"], dict(data["settings"]), dict(data["identity"]), fields, shards, data["label_names"]
-            )
+                data["task"], dict(data["settings"]), dict(data["identity"]), fields, shards, data["label_names"],
+                data.get("grows_by"),
+            )  # fmt: skip
+            if plan.grows_by is not None and not (type(plan.grows_by) is int and dict(plan.identity["dataset"])):
+                raise ValueError(f"grows_by is {plan.grows_by!r}")
         except (KeyError, TypeError, ValueError) as error:
             raise StoreCorrupt(f"{where} is not a plan ({type(error).__name__}: {error})") from error
         for shard in shards:
@@ -183,7 +200,9 @@ def committed(folder: Path, plan: Plan) -> dict[str, dict[str, Any]]:
 
     A shard counts when its sidecar belongs to this plan and the file has the bytes that the sidecar says.
     """
-    found = ((shard.name, _sidecar(folder, plan.fingerprint, shard.name)) for shard in plan.shards)
+    there = set(os.listdir(folder / SHARDS)) if (folder / SHARDS).is_dir() else set()  # asked once, not shard by shard
+    names = [shard.name for shard in plan.shards if f"{shard.name}.json" in there]
+    found = ((name, _sidecar(folder, plan.fingerprint, name)) for name in names)
     return {name: entry for name, entry in found if entry is not None}
 
 
@@ -202,19 +221,27 @@ def _sidecar(folder: Path, fingerprint: str, name: str) -> dict[str, Any] | None
 
 
 def read_plan(folder: Path) -> Plan:
-    """plan.json of a folder. Raises StoreError where it is not a store at all."""
+    """plan.json of a folder, with the parts that it has grown by. Raises StoreError where it is not a store at all."""
     if not (folder / PLAN).exists():
         raise StoreError(
             f"{folder} is not a store: a folder with {PLAN} and {MANIFEST} expected"
             + ("" if folder.exists() else "; it does not exist")
         )
-    return Plan.from_json(read_json(folder / PLAN), str(folder / PLAN))
+    plan = Plan.from_json(read_json(folder / PLAN), str(folder / PLAN))
+    if plan.grows_by is None or plan.shards:
+        return plan
+    from .parts import Parts, with_parts
+
+    return with_parts(plan, Parts(folder, plan).all)
 
 
 def _unfinished(folder: Path) -> StoreError:
     plan = read_plan(folder)
     done = len(committed(folder, plan))
+    ends = {shard.split: shard.stop for shard in plan.shards}
+    read = ", ".join(f"{stop} rows of {split}" for split, stop in ends.items()) or "no row"
+    grown = "" if plan.grows_by is None else f", and its source was read as far as {read}"
     return StoreIncomplete(
-        f"{folder} is unfinished: {done} of {len(plan.shards)} shards are there; run the same dump again to go on, "
-        "or read what is there with allow_partial=True"
+        f"{folder} is unfinished: {done} of {len(plan.shards)} shards are there{grown}; run the same dump again to go "
+        "on, or read what is there with allow_partial=True"
     )

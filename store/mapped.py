@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import errno
+import functools
 import json
-from collections.abc import Mapping
+import os
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +17,31 @@ import pyarrow as pa
 
 from . import schema
 from .codecs import Part
-from .errors import StoreCorrupt
+from .errors import StoreCorrupt, StoreError
 from .schema import FieldSpec
+
+MOST = 4096  # shards that stay mapped; Linux gives a process 65,530 maps, and one costs 16 KB of heap besides
+_NO_MAPS = tuple(os.strerror(code) for code in (errno.ENOMEM, errno.EMFILE, errno.ENFILE))
+
+
+def recent(open_shard: Callable[[int], MappedShard]) -> functools._lru_cache_wrapper[MappedShard]:
+    """A store's method, by shard number, with the MOST results that were asked for last. It does not keep its store
+    alive: who drops a store without closing it closes its index too."""
+    method = weakref.WeakMethod(open_shard)
+
+    def opened(shard: int) -> MappedShard:
+        bound = method()
+        assert bound is not None, "called by its own store"
+        return bound(shard)
+
+    return functools.lru_cache(MOST)(opened)
 
 
 class MappedShard:
     """One shard, memory-mapped and read-only; every array is a view of the file.
 
-    Raises StoreCorrupt where the file is not a shard, or says lengths and offsets that its buffers do not have.
+    Raises StoreCorrupt where the file is not a shard, or says lengths and offsets that its buffers do not have;
+    StoreError where this process has too many files mapped, or open.
     """
 
     def __init__(self, path: Path):
@@ -37,12 +59,26 @@ class MappedShard:
         except FileNotFoundError as error:
             raise StoreCorrupt(f"{path} is missing: run the same dump again to make it anew") from error
         except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
+            if isinstance(error, OSError) and any(reason in str(error) for reason in _NO_MAPS):
+                raise StoreError(
+                    f"{path} cannot be mapped beside all that this process has mapped ({_one_line(error)}): the shard "
+                    "is sound; read fewer shards at once, or raise vm.max_map_count or ulimit -n"
+                ) from error
             raise StoreCorrupt(
                 f"{path} is not a readable shard ({_one_line(error)}): delete it and its .json, "
                 "then run the same dump again"
             ) from error
         self.rows, self._checked = self.batch.num_rows, set[str]()
         self.fields, self.place, self.fingerprint = _read_metadata(path, self.batch.schema.metadata or {})
+
+    def by_names(self, stored: Mapping[str, str]) -> MappedShard:
+        """The same map with these columns alone: {name: stored name}."""
+        columns = {name: self._array(one) for name, one in stored.items()}
+        kinds = [self.batch.schema.field(one).with_name(name) for name, one in stored.items()]
+        found = copy.copy(self)
+        found.batch = pa.RecordBatch.from_arrays(list(columns.values()), schema=pa.schema(kinds))
+        found.names, found._checked = list(columns), set()
+        return found
 
     def part(self, spec: FieldSpec, part: Part) -> tuple[np.ndarray, np.ndarray | None]:
         """(values [entries, width], starts int64 [rows + 1] or None) of one part of a field."""
@@ -126,11 +162,17 @@ def _read_metadata(path: Path, found: Mapping[bytes, bytes]) -> tuple[list[Field
     try:
         version = int(found[b"predistill.format_version"])
         schema.check_version(version, str(path))
-        fields = [FieldSpec.from_json(one) for one in json.loads(found[b"predistill.fields"])]
+        fields = _read_fields(found[b"predistill.fields"])
         place = json.loads(found[b"predistill.shard"])
         return fields, place, found[b"predistill.fingerprint"].decode()
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise StoreCorrupt(f"{path}: its schema metadata does not describe a shard ({_one_line(error)})") from error
+
+
+@functools.lru_cache(64)
+def _read_fields(text: bytes) -> list[FieldSpec]:
+    """Of all shards of a store the same."""
+    return [FieldSpec.from_json(one) for one in json.loads(text)]
 
 
 def _one_line(error: BaseException) -> str:

@@ -46,15 +46,15 @@ class _Chunk(NamedTuple):
 class Prefetcher:
     """Iterates over batches, in order.
 
-    batches: index lists. resolve: indices -> sample_ids, int64. buffers: memory for so many batches, one of them
-    being filled: a batch is valid until buffers - 1 more were taken. Closing the iterator stops the thread; an error
-    in the thread is raised at the next batch.
+    paths: shard -> its file. batches: index lists. resolve: indices -> sample_ids, int64. buffers: memory for so many
+    batches, one of them being filled: a batch is valid until buffers - 1 more were taken. Closing the iterator stops
+    the thread; an error in the thread is raised at the next batch.
     """
 
     def __init__(
         self,
         gather: Gather,
-        paths: Sequence[str],
+        paths: Callable[[int], str],
         batches: Iterable[Indices],
         resolve: Callable[[Indices], np.ndarray],
         row_bytes: float,
@@ -149,11 +149,11 @@ class Prefetcher:
             self._resting -= 1
             return
         ranges = row_ranges(self._gather, chunk.rows)
-        if any(_is_cold(self._paths[shard], found) for shard, found in self._sample(ranges)):
+        if any(_is_cold(self._paths(shard), found) for shard, found in self._sample(ranges)):
             self._rest = self._resting = 0
             self._ahead = max(1, min(int(AHEAD_BYTES / (len(chunk.rows) * self._row_bytes + 1)), CHUNK_BATCHES))
             for shard, found in ranges.items():
-                advise(self._paths[shard], found)
+                advise(self._paths(shard), found)
         else:
             self._ahead = 1
             self._rest = self._resting = min(max(1, 2 * self._rest), _LONGEST_REST)

@@ -23,15 +23,17 @@ from .codecs import WHOLE_COLUMN, stored_parts
 from .errors import ConfigError
 from .gather import Allocate, Gather, Slot, allocate
 from .index import Index, MemoryIndex
-from .mapped import MappedShard
+from .mapped import MappedShard, recent
 from .prefetch import Prefetcher
 from .remote.elsewhere import is_url
+from .rows import BatchRows
 from .schema import FieldSpec
 
 if TYPE_CHECKING:
     import datasets
 
 ALWAYS = (schema.INPUT_IDS, "token_type_ids", schema.POSITION_IDS, schema.LABELS)  # read whatever `fields` asks for
+FEW = 16  # shards that are opened to tell about all; of more, the index and some of them do
 Indices = int | slice | Sequence[int] | np.ndarray
 
 
@@ -42,6 +44,7 @@ class TeacherStore:
     """
 
     url: str | None = None  # of a store whose folder is a cache's
+    member: str | None = None  # of a teacher of an ensemble store: its name
 
     def __init__(self, path: str | os.PathLike[str], made: Mapping[str, Any], partial: bool):
         self.path, self.manifest, self._partial = Path(path), dict(made), partial
@@ -57,7 +60,7 @@ class TeacherStore:
         self.shards = plan.shards
         self.first_row = np.zeros(len(plan.shards) + 1, np.int64)
         np.cumsum([entry["rows"] for entry in made["shards"]], out=self.first_row[1:])
-        self._mapped: dict[int, MappedShard] = {}
+        self._recent = recent(self._map)
         self._index = Index(self.path)
 
     @classmethod
@@ -75,7 +78,7 @@ class TeacherStore:
             return cls(folder, _partial_manifest(folder), True)
         return cls(folder, manifest.read_manifest(folder), False)
 
-    @property
+    @functools.cached_property
     def splits(self) -> dict[str, dict[str, int]]:
         """{"train": {"samples", "shards", "tokens"}}, in plan order."""
         found: dict[str, dict[str, int]] = {}
@@ -90,6 +93,19 @@ class TeacherStore:
     def tokenizer_dir(self) -> Path | None:
         folder = self.path / "tokenizer"
         return folder if folder.is_dir() else None
+
+    @property
+    def place(self) -> str:
+        """Where it was opened from; of a teacher of an ensemble store with its name."""
+        where = self.url or str(self.path)
+        return f"{where}:{self.member}" if self.member else where
+
+    @property
+    def members(self) -> list[TeacherStore]:
+        """Of an ensemble store its teachers, each as a store of its own; else the store itself."""
+        from .members import members_of
+
+        return members_of(self)
 
     def select(
         self, split: str | None = None, where: str | None = None, fields: Sequence[str] | None = None
@@ -118,17 +134,23 @@ class TeacherStore:
         return to_dataset(self, split)
 
     def mapped(self, shard: int) -> MappedShard:
-        """Shard number `shard` of the manifest, mapped at first use."""
-        if shard not in self._mapped:
-            self._mapped[shard] = MappedShard(self.shard_path(shard))
-        return self._mapped[shard]
+        """Shard number `shard` of the manifest, mapped at first use, and again where many others were meanwhile."""
+        return self._recent(shard)
+
+    def _map(self, shard: int) -> MappedShard:
+        return MappedShard(self.shard_path(shard))
+
+    def longest(self, ids: np.ndarray | range) -> tuple[int, int] | None:
+        """(place, tokens) of the longest of some sample_ids, by the index; None where there is none to ask."""
+        there = not self._partial and (self.path / manifest.INDEX).exists()
+        return self._index.longest(ids) if there else None
 
     def shard_path(self, shard: int) -> Path:
         return manifest.shard_path(self.path, self.shards[shard].name)
 
     def close(self) -> None:
         self._index.close()
-        self._mapped.clear()
+        self._recent.cache_clear()
 
     def __enter__(self) -> TeacherStore:
         return self
@@ -188,26 +210,55 @@ class TeacherRows:
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """int64 [N]: tokens of each row. Raises ConfigError where the store has no tokens."""
-        if schema.INPUT_IDS not in self.fields:
-            raise ConfigError(f"{self.store.path}: rows of task {self.store.task} have no tokens")
-        spec = self.fields[schema.INPUT_IDS]
-        found = np.empty(len(self), np.int64)
+        """int64 [N]: tokens of each row; every shard is opened. Raises ConfigError where the store has no tokens."""
+        self._check_tokens()
+        name, found = schema.INPUT_IDS, np.empty(len(self), np.int64)
         for shard, places, local in self._by_shard():
-            starts = self._gather.extent(shard, spec.name, self._gather.parts[spec.name][0]).starts
+            starts = self._gather.extent(shard, name, self._gather.parts[name][0]).starts
             assert starts is not None
             found[places] = np.diff(starts)[local]
         return found
 
+    def lengths_of(self, rows: np.ndarray) -> np.ndarray:
+        """int64 [n]: tokens of these rows, by their numbers; the shards that they are in are opened."""
+        self._check_tokens()
+        return BatchRows(self._gather, self._resolve(rows)).lengths(schema.INPUT_IDS, "S")
+
+    @functools.cached_property
+    def longest(self) -> tuple[int, int]:
+        """(row, tokens) of the longest row, the first of them; by the index where there are more than FEW shards."""
+        self._check_tokens()
+        if len(self.store.shards) > FEW and (found := self.store.longest(self._ids)) is not None:
+            return found
+        at = int(np.argmax(self.lengths)) if len(self) else 0
+        return at, int(self.lengths[at]) if len(self) else 0
+
+    def _check_tokens(self) -> None:
+        if schema.INPUT_IDS not in self.fields:
+            raise ConfigError(f"{self.store.path}: rows of task {self.store.task} have no tokens")
+
     @property
     def nbytes(self) -> int:
-        """Bytes of the selected columns, about: a shard's columns times the part of its rows that is selected."""
-        total = 0.0
-        for shard, _, local in self._by_shard():
-            mapped = self.store.mapped(shard)
-            held = sum(mapped.column(spec.name).nbytes for spec in self.specs)
-            total += held * len(local) / max(mapped.rows, 1)
-        return int(total)
+        """Bytes of the selected columns, about: a shard's columns times the part of its rows that is selected. Of more
+        than FEW shards, that part of their files that it is in FEW of them, evenly spread."""
+        counts, entries = self._counts(), self.store.manifest["shards"]
+        touched = np.flatnonzero(counts)
+        files = np.array([entries[at]["bytes"] / max(entries[at]["rows"], 1) * counts[at] for at in touched])
+        looked = np.unique(np.linspace(0, len(touched) - 1, FEW).astype(np.int64)) if len(touched) else touched
+        held = sum(self._columns_bytes(at) * counts[at] for at in touched[looked].tolist())
+        return int(held * files.sum() / max(files[looked].sum(), 1))
+
+    def _columns_bytes(self, shard: int) -> float:
+        """Of a row of a shard, on average."""
+        mapped = self.store.mapped(shard)
+        return sum(mapped.column(spec.name).nbytes for spec in self.specs) / max(mapped.rows, 1)
+
+    def _counts(self) -> np.ndarray:
+        """int64 [shards]: how many of these rows are in each."""
+        ids, first = self._ids, self.store.first_row
+        if isinstance(ids, range):
+            return np.diff(np.clip(first, ids.start, ids.stop))
+        return np.diff(np.searchsorted(ids, first))
 
     def column(self, name: str) -> Any:
         """All values of a sample-level column, [N, *shape], decoded; a list for carried columns."""
@@ -229,8 +280,11 @@ class TeacherRows:
         """
         if buffers < 1:
             raise ConfigError(f"buffers is at least 1; got {buffers}")
-        paths = [str(self.store.shard_path(at)) for at in range(len(self.store.shards))]
-        return iter(Prefetcher(self._gather, paths, indices, self._resolve, self._row_bytes, buffers, allocate))
+        store = self.store
+        return iter(Prefetcher(
+            self._gather, lambda shard: str(store.shard_path(shard)), indices, self._resolve, self._row_bytes, buffers,
+            allocate,
+        ))  # fmt: skip
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -269,24 +323,20 @@ class TeacherRows:
     @functools.cached_property
     def _row_bytes(self) -> float:
         """Bytes of a row of the first shard, about: what a chunk of batches is measured in."""
-        for shard, _, _ in self._by_shard():
-            mapped = self.store.mapped(shard)
-            names = [spec.name for spec in self.specs if spec.codec not in WHOLE_COLUMN]
-            return sum(mapped.column(name).nbytes for name in names) / max(mapped.rows, 1)
-        return 1.0
+        if not len(self):
+            return 1.0
+        mapped = self.store.mapped(int(np.searchsorted(self.store.first_row, self._ids[0], side="right")) - 1)
+        names = [spec.name for spec in self.specs if spec.codec not in WHOLE_COLUMN]
+        return sum(mapped.column(name).nbytes for name in names) / max(mapped.rows, 1)
 
     def _by_shard(self) -> Iterator[tuple[int, slice, np.ndarray]]:
         """(shard, places among these rows, rows in the shard), for all of them."""
-        first = self.store.first_row
-        ids = self._ids
-        ends = first[1:] - ids.start if isinstance(ids, range) else np.searchsorted(ids, first[1:])
-        begin = 0
-        for shard, end in enumerate(ends):
-            end = int(min(max(end, begin), len(self)))
-            if end > begin:
-                ids = np.arange(begin, end) + self._ids.start if isinstance(self._ids, range) else self._ids[begin:end]
-                yield shard, slice(begin, end), ids - first[shard]
-            begin = end
+        counts = self._counts()
+        ends = np.cumsum(counts)
+        for shard in np.flatnonzero(counts).tolist():
+            begin, end = int(ends[shard] - counts[shard]), int(ends[shard])
+            ids = np.arange(begin, end) + self._ids.start if isinstance(self._ids, range) else self._ids[begin:end]
+            yield shard, slice(begin, end), ids - self.store.first_row[shard]
 
 
 def _reopen(

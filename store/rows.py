@@ -11,6 +11,7 @@ from .errors import StoreCorrupt
 
 if TYPE_CHECKING:
     from .gather import Gather
+    from .mapped import MappedShard
 
 Group = tuple[int, slice | np.ndarray, np.ndarray]  # shard, places in the batch, rows in the shard
 
@@ -22,6 +23,13 @@ class Extent(NamedTuple):
 
     values: np.ndarray
     starts: np.ndarray | None
+
+
+class Opened(NamedTuple):
+    """A shard, and what is read of it: an extent each part of each column."""
+
+    mapped: MappedShard
+    extents: Mapping[tuple[str, str], Extent]
 
 
 class BatchRows:
@@ -120,15 +128,13 @@ def row_ranges(gather: Gather, sample_ids: np.ndarray) -> Mapping[int, np.ndarra
     """shard -> int64 [n, 2]: byte ranges of the file that these rows need, sorted, neighbours merged."""
     rows, found = BatchRows(gather, sample_ids), {}
     for shard, _, local in rows.groups():
-        ranges = []
+        ranges, opened = [], gather.opened(shard)
         for name, parts in gather.parts.items():
             for part in parts:
-                values, starts = gather.extent(shard, name, part)
+                values, starts = opened.extents[name, part.name]
                 if values.size:
                     begin, end = (local, local + 1) if starts is None else (starts[local], starts[local + 1])
-                    ranges.append(
-                        gather.mapped(shard).offset(values) + np.stack([begin, end], axis=1) * part.entry_bytes
-                    )
+                    ranges.append(opened.mapped.offset(values) + np.stack([begin, end], axis=1) * part.entry_bytes)
         if ranges:
             found[shard] = _merge(np.concatenate(ranges))
     return found

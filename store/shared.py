@@ -4,7 +4,7 @@
         for shard in writer.claim():
             ...
             writer.commit(builder)
-        writer.finish(card)
+        writer.finish()
 
 Workers come and go: each claims one missing shard after another by its own lease, nobody waits for a slow one before
 there is nothing else to do, and what a dead one held is claimed again. One of them builds the index.
@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from . import lease, manifest
 from .errors import StoreError
@@ -30,8 +30,8 @@ from .writer import StoreWriter, always, closed_on_failure, enter, settle
 
 _POLL = 0.5  # seconds between looks at what others hold
 _PATIENCE = 10.0  # seconds, before a folder that somebody has alone is given up
-_LEASE = ".lease"
-_PLANNING, _FINISHING = f"plan{_LEASE}", f"store{_LEASE}"  # held by the one that writes plan.json, and store.json
+LEASE = ".lease"
+PLANNING, _FINISHING = f"plan{LEASE}", f"store{LEASE}"  # held by the one that writes plan.json, and store.json
 
 
 class SharedWriter(StoreWriter):
@@ -49,7 +49,7 @@ class SharedWriter(StoreWriter):
     def begin(
         cls, path: str | os.PathLike[str], plan: Plan, overwrite: bool = False, kind: str = "auto",
         timeout: float = lease.TIMEOUT,
-    ) -> SharedWriter:  # fmt: skip
+    ) -> Self:  # fmt: skip
         """overwrite: what is there goes; so does, in any case, a plan of which nothing is committed. Neither does where
         somebody is at work on it."""
         path = Path(path)
@@ -59,7 +59,7 @@ class SharedWriter(StoreWriter):
             if overwrite:
                 raise
             lock, alone = _joined(path), False
-        with closed_on_failure(lock), _waited(path / manifest.SHARDS / _PLANNING, kind, timeout):
+        with closed_on_failure(lock), waited(path / manifest.SHARDS / PLANNING, kind, timeout):
             made = cls(path, settle(path, plan, overwrite or (alone and _is_untouched(path))), lock, kind, timeout)
             fcntl.flock(lock, fcntl.LOCK_SH)  # others may come
         return made
@@ -97,12 +97,14 @@ class SharedWriter(StoreWriter):
             held.release()
             self._leases.pop(builder.plan.name, None)
 
-    def finish(self, card: str | None = None, folders: Mapping[str, Path] | None = None) -> dict[str, Any]:
+    def finish(
+        self, folders: Mapping[str, Path] | None = None, licences: Mapping[str, str | None] | None = None
+    ) -> dict[str, Any]:  # fmt: skip
         """Once for all workers: those that come later are given the same manifest."""
-        with _waited(self.path / manifest.SHARDS / _FINISHING, self._kind, self._timeout):
-            made = self._finished() or super().finish(card, folders)
+        with waited(self.path / manifest.SHARDS / _FINISHING, self._kind, self._timeout):
+            made = self._finished() or super().finish(folders, licences)
             for file in (self.path / manifest.SHARDS).iterdir():  # of workers that died
-                if file.name.endswith((".tmp", _LEASE)) and file.name != _FINISHING:
+                if file.name.endswith((".tmp", LEASE)) and file.name != _FINISHING:
                     file.unlink(missing_ok=True)
         return made
 
@@ -114,7 +116,7 @@ class SharedWriter(StoreWriter):
         super().close()
 
     def _claimed(self, shard: ShardPlan) -> bool:
-        path = manifest.shard_path(self.path, shard.name).with_suffix(_LEASE)
+        path = manifest.shard_path(self.path, shard.name).with_suffix(LEASE)
         held = None if self._closed.is_set() else lease.take(path, self._kind, self._timeout)
         if held is None:
             return False
@@ -151,7 +153,7 @@ def _is_untouched(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _waited(path: Path, kind: str, timeout: float) -> Iterator[None]:
+def waited(path: Path, kind: str, timeout: float) -> Iterator[None]:
     """Alone among the workers, however long it takes."""
     while (held := lease.take(path, kind, timeout)) is None:
         time.sleep(_POLL / 10)

@@ -17,9 +17,13 @@ from .errors import ConfigError, FormatVersionError, PredistillError, StoreCorru
 from .identity import file_sha256
 from .manifest import Plan, shard_path
 from .mapped import MappedShard
+from .members import TEACHERS, tellers
+from .parts import part_names
 from .reader import TeacherStore
 from .remote.elsewhere import clean, is_url
 from .schema import INPUT_IDS, FieldSpec, is_list, is_ragged
+from .shard import ShardPlan
+from .shared import LEASE
 
 KNOWN = {
     manifest.PLAN,
@@ -36,6 +40,7 @@ KNOWN = {
 }
 
 Problem = dict[str, str]
+MEASURED = 1000  # shards whose columns' sizes are looked at
 
 
 def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -56,10 +61,10 @@ def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
         found["problems"].append(_problem(folder / manifest.MANIFEST, folder, kind, str(error)))
         return found
     plan = manifest.plan_of(made, str(folder))
-    problems = [*_plan_problems(folder, plan, made), *_file_problems(folder, made)]
+    problems = [*_plan_problems(folder, plan, made), *_file_problems(folder, made), *_teacher_problems(folder, made)]
     bad_shards = 0
     for shard, entry in zip(plan.shards, made["shards"], strict=True):
-        mine = [*_shard_problems(folder, plan, shard.name, entry)]
+        mine = [*_shard_problems(folder, plan, shard, entry)]
         problems += mine
         bad_shards += bool(mine)
         found["shards"] += 1
@@ -77,11 +82,20 @@ def _plan_problems(folder: Path, plan: Plan, made: Mapping[str, Any]) -> Iterato
     if made["fingerprint"] != plan.fingerprint:
         yield _problem(folder / manifest.MANIFEST, folder, "manifest", "its fingerprint is not that of its plan")
     try:
-        if manifest.read_plan(folder).to_json() != plan.to_json():
+        stored = manifest.read_plan(folder)
+        if stored.to_json() != (plan if stored.shards else plan.base).to_json():  # parts stay where they were dumped
             yield _problem(path, folder, "plan", f"is not the plan that {manifest.MANIFEST} was made from")
     except StoreError as error:
         kind = "plan" if path.exists() else "missing"
         yield _problem(path, folder, kind, f'{error}; {manifest.MANIFEST} holds a copy under "plan"')
+
+
+def _teacher_problems(folder: Path, made: Mapping[str, Any]) -> Iterator[Problem]:
+    """Of an ensemble store: does it say whose columns are whose?"""
+    try:
+        tellers(TeacherStore(folder, made, False))
+    except StoreCorrupt as error:
+        yield _problem(folder / manifest.MANIFEST, folder, "manifest", str(error))
 
 
 def _file_problems(folder: Path, made: Mapping[str, Any]) -> Iterator[Problem]:
@@ -104,8 +118,8 @@ def _rebuild(folder: Path) -> str:
     return f"make it anew with: predistill index {folder} --rebuild"
 
 
-def _shard_problems(folder: Path, plan: Plan, name: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
-    path = shard_path(folder, name)
+def _shard_problems(folder: Path, plan: Plan, shard: ShardPlan, entry: Mapping[str, Any]) -> Iterator[Problem]:
+    path = shard_path(folder, shard.name)
     remake = (
         f"delete {path.name} and {path.stem}.json in {path.parent}, then run the same dump again: "
         "only this shard is made anew"
@@ -121,7 +135,7 @@ def _shard_problems(folder: Path, plan: Plan, name: str, entry: Mapping[str, Any
         yield _problem(path, folder, "checksum", f"its sha256 is not {entry['sha256'][:12]}…; {remake}")
         return
     try:
-        check_structure(path, plan, name, entry)
+        check_structure(path, plan, shard, entry)
     except PredistillError as error:
         yield _problem(path, folder, "structure", f"{error}; {remake}")
     sidecar = path.with_suffix(".json")
@@ -130,18 +144,17 @@ def _shard_problems(folder: Path, plan: Plan, name: str, entry: Mapping[str, Any
     except (FileNotFoundError, StoreCorrupt) as error:
         yield _problem(sidecar, folder, "missing" if not sidecar.exists() else "sidecar", f"{error}; {remake}")
         return
-    if {**entry, "fingerprint": plan.fingerprint} != {**said, "name": name}:
+    if {**entry, "fingerprint": plan.fingerprint} != {**said, "name": shard.name}:
         yield _problem(sidecar, folder, "sidecar", f"does not agree with {manifest.MANIFEST}; {remake}")
 
 
-def check_structure(path: Path, plan: Plan, name: str, entry: Mapping[str, Any]) -> MappedShard:
+def check_structure(path: Path, plan: Plan, shard: ShardPlan, entry: Mapping[str, Any]) -> MappedShard:
     """The shard, once its own description, every buffer and every offset were looked at. Raises StoreCorrupt."""
     mapped = MappedShard(path)
     try:
         mapped.batch.validate(full=True)
     except Exception as error:  # pyarrow raises several kinds
         raise StoreCorrupt(f"{path}: {str(error).splitlines()[0]}") from error
-    shard = next(shard for shard in plan.shards if shard.name == name)
     if mapped.fingerprint != plan.fingerprint or mapped.place != {**shard.to_json(), "rows": mapped.rows}:
         raise StoreCorrupt(f"{path} is another shard, or another store's: it says it is {mapped.place}")
     if mapped.rows != entry["rows"] or mapped.fields != plan.fields:
@@ -176,29 +189,23 @@ def _extra_problems(folder: Path, plan: Plan) -> Iterator[Problem]:
     present = (
         {entry.name for entry in (folder / manifest.SHARDS).iterdir()} if (folder / manifest.SHARDS).is_dir() else set()
     )
-    for name in sorted(present - expected):
+    for name in sorted(name for name in present - expected if not name.endswith(LEASE)):  # a worker's, at work or dead
         yield _problem(
             folder / manifest.SHARDS / name, folder, "extra", "is not in the plan; delete it if it is not yours"
         )
-    for name in sorted({entry.name for entry in folder.iterdir()} - KNOWN):
+    for name in sorted({entry.name for entry in folder.iterdir()} - {*KNOWN, *part_names(folder)}):
         yield _problem(folder / name, folder, "extra", "is not part of a store; delete it if it is not yours")
 
 
 def _index_problems(folder: Path, made: Mapping[str, Any]) -> Iterator[Problem]:
     """Both tables of index.duckdb against the shards."""
-    remake = _rebuild(folder)
-    with duckdb.connect(":memory:") as fresh:
-        index.fill(fresh, folder, made)
-        expected = index.contents(fresh)
-        path = folder / manifest.INDEX
-        try:
-            with index.Index(folder) as stored:
-                if index.contents(stored.connection) != expected:
-                    yield _problem(path, folder, "index", f"does not agree with the shards; {remake}")
-        except (StoreCorrupt, duckdb.Error) as error:
-            yield _problem(
-                path, folder, "index" if path.exists() else "missing", f"{str(error).splitlines()[0]}; {remake}"
-            )
+    remake, path = _rebuild(folder), folder / manifest.INDEX
+    try:
+        with index.Index(folder) as stored:
+            if not index.agrees(folder, made, stored.connection):
+                yield _problem(path, folder, "index", f"does not agree with the shards; {remake}")
+    except (StoreCorrupt, duckdb.Error) as error:
+        yield _problem(path, folder, "index" if path.exists() else "missing", f"{str(error).splitlines()[0]}; {remake}")
 
 
 def _pixel_problems(folder: Path) -> Iterator[Problem]:
@@ -244,6 +251,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
             "fields": _field_sizes(store),
             "label_names": store.label_names,
             "teacher": store.identity.get("teacher"),
+            "teachers": [one.to_json() for one in tellers(store)] if TEACHERS in store.identity else None,
             "tokenizer": store.identity.get("tokenizer"),
             "processor": store.identity.get("processor"),
             "dataset": store.identity.get("dataset"),
@@ -254,12 +262,18 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _field_sizes(store: TeacherStore) -> dict[str, dict[str, Any]]:
-    """Bytes from each shard's own buffers: shards are mapped, no values are read. None where they are elsewhere."""
+    """Bytes from each shard's own buffers: shards are mapped, no values are read. None where they are elsewhere. Of
+    more than MEASURED shards, so many are looked at, evenly spread, and taken for all by their files' sizes."""
     sizes: dict[str, Any] = dict.fromkeys(store.fields, 0 if store.url is None else None)
-    for at in range(len(store.shards) if store.url is None else 0):
+    files = [entry["bytes"] for entry in store.manifest["shards"]]
+    looked = np.unique(np.linspace(0, len(files) - 1, min(len(files), MEASURED)).astype(np.int64)).tolist()
+    for at in looked if store.url is None else []:
         mapped = store.mapped(at)
         for name in sizes:
             sizes[name] += mapped.column(name).nbytes
+    if len(looked) < len(files) and store.url is None:
+        share = sum(files) / max(sum(files[at] for at in looked), 1)
+        sizes = {name: round(size * share) for name, size in sizes.items()}
     return {
         name: {
             "codec": spec.codec,

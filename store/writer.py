@@ -5,7 +5,7 @@
             builder = writer.open_shard(shard, rows, lengths)
             builder.put(...)
             writer.commit(builder)
-        writer.finish(card)
+        writer.finish()
 
 Nothing under its final name is ever half-written (atomic.py). A kernel lock, gone with the process that held it, keeps
 a second writer out; shared.py has the writer for any number of them.
@@ -27,9 +27,11 @@ import numpy as np
 from . import index, manifest
 from .atomic import out_of_space, replace_folder, write_synced, write_text
 from .buffers import Memory
-from .errors import ConfigError, StoreError
+from .card import store_card
+from .errors import ConfigError, StoreError, StoreMismatch
 from .identity import compare, digest
 from .manifest import Plan, shard_path
+from .parts import part_names
 from .shard import ShardBuilder, ShardPlan, fsync_folder
 
 INFORMATION = tuple(f"identity.{part}.name" for part in manifest.NAMED)  # paths are no identity
@@ -85,10 +87,13 @@ class StoreWriter:
             manifest.write_json(path.with_suffix(".json"), {**entry, "fingerprint": self.plan.fingerprint})
         return entry
 
-    def finish(self, card: str | None = None, folders: Mapping[str, Path] | None = None) -> dict[str, Any]:
+    def finish(
+        self, folders: Mapping[str, Path] | None = None, licences: Mapping[str, str | None] | None = None
+    ) -> dict[str, Any]:  # fmt: skip
         """Index, samples, card and folders ({"tokenizer": saved folder}), and store.json last.
 
-        Returns the manifest. Raises StoreError where shards are missing.
+        licences: for the card, by the names in card.LICENCES. Returns the manifest. Raises StoreError where shards
+        are missing.
         """
         done = manifest.committed(self.path, self.plan)
         if len(done) < len(self.plan.shards):
@@ -106,8 +111,7 @@ class StoreWriter:
             for name, source in (folders or {}).items():
                 replace_folder(self.path / name, Path(source))
             index.build(self.path, made)
-            if card is not None:
-                write_text(self.path / manifest.CARD, card)
+            write_text(self.path / manifest.CARD, store_card(self.path, made, licences))
             made = manifest.sealed({**made, "files": manifest.described_files(self.path)})
             manifest.write_json(self.path / manifest.MANIFEST, made)
         return made
@@ -139,11 +143,11 @@ def check_folder(path: Path) -> None:
 
 def _compare_plans(path: Path, stored: Plan, current: Plan) -> None:
     """Settings before what follows from them, so that the refusal names what a person chose."""
-    left, right = stored.to_json(), current.to_json()
+    left, right = stored.to_json() | {"grows_by": stored.grows_by}, current.to_json() | {"grows_by": current.grows_by}
     for plan in (left, right):
         plan["fields"] = {spec["name"]: spec for spec in plan["fields"]}
         plan["shards"] = digest(plan["shards"])
-    for section in ("task", "settings", "identity", "fields", "label_names", "shards"):
+    for section in ("task", "settings", "identity", "fields", "label_names", "shards", "grows_by"):
         compare(str(path), {section: left[section]}, {section: right[section]}, ignore=INFORMATION)
 
 
@@ -164,7 +168,10 @@ def settle(path: Path, plan: Plan, overwrite: bool) -> Plan:
             manifest.write_json(path / manifest.PLAN, plan.to_json())
             return plan
         stored = manifest.read_plan(path)
-        _compare_plans(path, stored, plan)
+        if (stored.grows_by is None) != (plan.grows_by is None):
+            begun = ("with", "give it again") if plan.grows_by is None else ("without", "leave it away")
+            raise StoreMismatch(f"{path} was dumped {begun[0]} --streaming: {begun[1]}, or give another --output-dir")
+        _compare_plans(path, stored.base, plan.base)
         return stored
 
 
@@ -203,4 +210,6 @@ def _clear(path: Path) -> None:
         shutil.rmtree(path / name, ignore_errors=True)
     for file in (path / manifest.SHARDS).iterdir():
         file.unlink()
+    for name in reversed(part_names(path)):
+        (path / name).unlink()
     (path / manifest.PLAN).unlink(missing_ok=True)

@@ -72,7 +72,7 @@ def provenance(config: Any, stores: Sequence[Any], student: Any, jobs: Sequence[
     several = {"stages": [{"name": job.stage.name, **_of(job)} for job in jobs]} if len(jobs) > 1 else {}
     return {
         "stores": [
-            {"name": store.url or str(store.path), "fingerprint": store.fingerprint,
+            {"name": store.place, "fingerprint": store.fingerprint,
              "sha256": store.manifest.get("sha256"), "task": store.task, "split": config.train_split,
              "teacher": store.identity.get("teacher"), "tokenizer": store.identity.get("tokenizer")}
             for store in stores
@@ -90,6 +90,7 @@ def _of(job: Any) -> dict[str, Any]:
     return {
         "terms": [asdict(term) for term in job.objective.terms],
         "rows": len(job.train_rows),
+        "batch_rows": job.args.train_batch_size * job.args.world_size,  # of all ranks
         "training_arguments": {name: value for name, value in job.args.to_dict().items() if name not in own},
     }
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..store.reader import TeacherRows
+from .pixel_rows import PixelRows
 from .sampler import EvaluationBatchSampler, TrainBatchSampler
 
 
@@ -27,11 +28,8 @@ def is_store_rows(dataset: Any) -> bool:
 
 def readable(rows: Any) -> Any:
     """Rows as a student takes them: of a store of images, with their pixels; others as they are."""
-    if isinstance(rows, TeacherRows) and "processing" in rows.store.settings:
-        from .pixel_rows import PixelRows
-
-        return PixelRows(rows)
-    return rows
+    is_images = isinstance(rows, TeacherRows) and "processing" in rows.store.settings
+    return PixelRows(rows) if is_images else rows
 
 
 def narrowed(rows: Any, fields: Sequence[str], stored: Sequence[str] = ()) -> Any:
@@ -49,6 +47,19 @@ def first_row(dataset: Any) -> Any:
     if is_store_rows(dataset):
         return narrowed(dataset, [])[[0]]
     return [dataset[0] if hasattr(dataset, "__getitem__") else next(iter(dataset))]
+
+
+def longest(rows: Any) -> int:
+    """Tokens of the longest row; a store of many shards knows it without opening them."""
+    return rows.longest[1] if isinstance(rows, TeacherRows) else int(rows.lengths.max())
+
+
+def by_length(rows: Any) -> dict[str, Any]:
+    """What TrainBatchSampler is told so that rows of like length share a batch; a store's lengths are looked up as
+    rows come up."""
+    if isinstance(rows, TeacherRows):
+        return {"lengths": rows.lengths_of, "longest": rows.longest[0]}
+    return {"lengths": rows.lengths}
 
 
 class StoreDataLoader(DataLoader):
@@ -119,46 +130,6 @@ def copied_ahead(
         yield moved
         if len(copies) >= held:
             copies.popleft().synchronize()
-
-
-class RowsOver:
-    """Rows that are other `rows` with something made, or replaced, as they are read; `_batch` says what."""
-
-    rows: Any
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Any) -> dict[str, Any]:
-        if isinstance(index, int | np.integer):
-            return {name: values[0] for name, values in self[[int(index)]].items()}
-        return self._batch(np.arange(len(self))[index])
-
-    def __getitems__(self, keys: Sequence[int]) -> dict[str, Any]:
-        return self[list(keys)]
-
-    def column(self, name: str) -> Any:
-        return self.rows.column(name)
-
-    def _batch(self, chosen: np.ndarray) -> dict[str, Any]:
-        """chosen: int64 [B], numbers of rows."""
-        raise NotImplementedError
-
-
-def numbered(
-    rows: Any, indices: Iterable[Sequence[int]], **reading: Any
-) -> Generator[tuple[dict[str, Any], np.ndarray]]:
-    """`rows.batches(indices)`, each batch with the numbers of its rows, int64 [B]."""
-    asked: deque[Sequence[int]] = deque()  # filled by the reader's thread, ahead of what is read here
-
-    def noted() -> Iterator[Sequence[int]]:
-        for chosen in indices:
-            asked.append(chosen)
-            yield chosen
-
-    with contextlib.closing(rows.batches(noted(), **reading)) as batches:
-        for batch in batches:
-            yield batch, np.asarray(asked.popleft(), np.int64)
 
 
 class ConcatRows:

@@ -72,10 +72,10 @@ class Ensemble:
         """{"ensemble": …} for predistill.json and metrics.json; weights in the order in which the stores were given."""
         weights: Any = self.weights
         if isinstance(weights, torch.Tensor):
-            each = dict(zip(map(place, self.stores), weights.tolist(), strict=True))
-            weights = {place(store): each[place(store)] for store in self.given}
+            each = dict(zip((store.place for store in self.stores), weights.tolist(), strict=True))
+            weights = {store.place: each[store.place] for store in self.given}
         own = {"average": self.config.ensemble_average, "chosen": self.name_of_weights, "weights": weights}
-        return {"ensemble": {**own, "leading": place(self.lead)}}
+        return {"ensemble": {**own, "leading": self.lead.place}}
 
     # ---- rows ----
 
@@ -108,8 +108,8 @@ class Ensemble:
         if (theirs != part.lengths).any():
             at = int(np.flatnonzero(theirs != part.lengths)[0])
             raise StoreMismatch(
-                f"row {at} of split {rows.split} has {part.lengths[at]} tokens in {self.lead.path} and {theirs[at]} in "
-                f"{rows.store.path}: dump both with the same --max-length"
+                f"row {at} of split {rows.split} has {part.lengths[at]} tokens in {self.lead.place} and {theirs[at]} "
+                f"in {rows.store.place}: dump both with the same --max-length"
             )
         return found
 
@@ -134,14 +134,14 @@ class Ensemble:
         if not self.averaged:
             kept = ", ".join(name for name, spec in self.lead.fields.items() if spec.role == "teacher")
             raise ConfigError(
-                f"{self.lead.path} and {self.stores[1].path} speak of the same rows, and of {self.lead.task} only whole"
-                f" logits are averaged; kept are {kept}: dump every logit (--top-k-logits 0), or read one after another"
-                " with --several-stores concatenate"
+                f"{self.lead.place} and {self.stores[1].place} speak of the same rows, and of {self.lead.task} only "
+                f"whole logits are averaged; kept are {kept}: dump every logit (--top-k-logits 0), or read one after "
+                "another with --several-stores concatenate"
             )
         tokens = any("S" in self.lead.fields[name].shape for name in self.averaged if name in self.lead.fields)
         for store in self.stores:
             if missing := [name for name in self.averaged if name not in store.fields]:
-                raise ConfigError(f"{store.path} has no {missing[0]} to be averaged: dump --fields logits too")
+                raise ConfigError(f"{store.place} has no {missing[0]} to be averaged: dump --fields logits too")
             problem_type = getattr(task_of(store), "problem_type", SINGLE_LABEL)
             shapes = [[one.fields[name].shape for name in self.averaged] for one in (self.lead, store)]
             same_words = tokens and WORD_IDS not in store.fields
@@ -152,7 +152,7 @@ class Ensemble:
             ):
                 if canonical(ours) != canonical(theirs):
                     raise StoreMismatch(
-                        f"{what} differs: {self.lead.path} has {short(ours)}, {store.path} has {short(theirs)}; only "
+                        f"{what} differs: {self.lead.place} has {short(ours)}, {store.place} has {short(theirs)}; only "
                         "teachers that agree in it are averaged"
                     )
 
@@ -162,7 +162,7 @@ class Ensemble:
         if not ours or not theirs:
             if ours or theirs:
                 unnamed = self.lead if theirs else store
-                say(f"{unnamed.path} does not name its classes: taken to be in the order of the others")
+                say(f"{unnamed.place} does not name its classes: taken to be in the order of the others")
             return None
         left, right = ([name.strip().lower() for name in names] for names in (ours, theirs))
         if left == right:
@@ -170,10 +170,10 @@ class Ensemble:
         if sorted(left) != sorted(right) or len(set(left)) < len(left):
             first = next(at for at, name in enumerate(left) if name not in right or left.count(name) > 1)
             raise StoreMismatch(
-                f"label names differ: class {first} of {self.lead.path} is {ours[first]!r}, and {store.path} has "
+                f"label names differ: class {first} of {self.lead.place} is {ours[first]!r}, and {store.place} has "
                 f"{short(theirs)}; teachers of the same classes are averaged"
             )
-        say(f"{store.path} has the classes of {self.lead.path} in another order: they are put in order by name")
+        say(f"{store.place} has the classes of {self.lead.place} in another order: they are put in order by name")
         return np.array([right.index(name) for name in left], np.int64)
 
     def _check_views(self, store: TeacherStore, split: str, places: np.ndarray) -> None:
@@ -183,8 +183,8 @@ class Ensemble:
                      for one in (self.lead, store)]  # fmt: skip
             if sides[0] is None or sides[1] is None or not np.array_equal(sides[0], sides[1][places]):
                 raise StoreMismatch(
-                    f"{name} differs: {self.lead.path} and {store.path} hold other views of the same images; dump both "
-                    "with the same --views, --view-transforms and --view-seed"
+                    f"{name} differs: {self.lead.place} and {store.place} hold other views of the same images; dump "
+                    "both with the same --views, --view-transforms and --view-seed"
                 )
 
     def _tell_labels(self, split: str) -> None:
@@ -202,8 +202,8 @@ class Ensemble:
                 theirs = np.where(theirs >= 0, np.argsort(classes)[theirs.clip(0)], theirs)
             count = int(((ours != theirs) & (ours != MISSING_LABEL) & (theirs != MISSING_LABEL)).sum())
             if count:
-                say(f"labels of {count} rows of {split} differ between {self.lead.path} and {store.path}: those of the "
-                    "first are learnt from")  # fmt: skip
+                say(f"labels of {count} rows of {split} differ between {self.lead.place} and {store.place}: those of "
+                    "the first are learnt from")  # fmt: skip
 
     def _first_weights(self) -> torch.Tensor | str | None:
         chosen, given = self.config.ensemble_weights, self.config.given_weights()
@@ -246,7 +246,7 @@ def joined(config: TrainConfig, stores: Sequence[TeacherStore], splits: Sequence
     for split in dict.fromkeys([*splits, *filter(None, [made.learnt_on()])]):
         for store in stores:
             if split not in store.splits:
-                raise ConfigError(f"{store.path} has no split {split} to learn weights on; give --ensemble-split")
+                raise ConfigError(f"{store.place} has no split {split} to learn weights on; give --ensemble-split")
         made._places_in(split)
     rows = ", ".join(f"{made.lead.splits[split]['samples']:,} of {split}" for split in dict.fromkeys(splits))
     if made.learnt_on() in splits[1:]:
@@ -281,10 +281,10 @@ def differing(ours: TeacherStore, theirs: TeacherStore, split: str, common: Comm
     if not common.common and common.elsewhere:
         other = f" ({common.elsewhere:,} have content of the first, at other places)"
     return (
-        f"stores of the same rows, or of none in common, expected: of split {split}, {ours.path} has "
-        f"{common.rows[0]:,} rows, {theirs.path} {common.rows[1]:,}, {common.common:,} in common{other}; the first row "
-        f"that differs is {row}, content {sides[0]} the first, {sides[1]} the second: dump both from the same rows, "
-        "or read one after another with --several-stores concatenate"
+        f"stores of the same rows, or of none in common, expected: of split {split}, {ours.place} has "
+        f"{common.rows[0]:,} rows, {theirs.place} {common.rows[1]:,}, {common.common:,} in common{other}; the first "
+        f"row that differs is {row}, content {sides[0]} the first, {sides[1]} the second: dump both from the same "
+        "rows, or read one after another with --several-stores concatenate"
     )
 
 
@@ -298,11 +298,6 @@ def leading(config: TrainConfig, stores: Sequence[TeacherStore]) -> list[Teacher
     own = load_tokenizer(name)
     wanted = None if own is None else tokenizer_sha256(own)
     return sorted(stores, key=lambda store: _tokenizer(store) != wanted)
-
-
-def place(store: TeacherStore) -> str:
-    """Where a store was opened from."""
-    return store.url or str(store.path)
 
 
 def _tokenizer(store: TeacherStore) -> str | None:

@@ -19,9 +19,10 @@ import torch
 from ..store.errors import DataError
 from ..store.reader import TeacherRows
 from ..store.schema import ATTENTION_MASK, NO_WORD, WORD_IDS
-from .dataset import RowsOver, narrowed
+from .dataset import narrowed
 from .ensemble import combined, confidence_weights
 from .losses.catalogue import SINGLE_LABEL
+from .rows_over import RowsOver
 
 TEACHER_MASK = "teacher_mask"
 CONFIDENCE = "confidence"

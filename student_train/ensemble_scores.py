@@ -24,7 +24,7 @@ from ..store.schema import (
 )
 from .collator import DataCollatorForDistillation
 from .ensemble import learned_weights
-from .ensemble_join import Ensemble, place
+from .ensemble_join import Ensemble
 from .ensemble_rows import EnsembleRows
 from .losses.catalogue import MULTI_LABEL, SINGLE_LABEL
 from .losses.terms import Term
@@ -52,10 +52,10 @@ def judged(ensemble: Ensemble, rows: EnsembleRows, settings: Any) -> dict[str, A
     else:
         return ensemble.told()
     found: dict[str, Any] = {f"eval_ensemble_{name}": value for name, value in scores[0].items()}
-    places = [place(store) for store in ensemble.stores]
+    places = [store.place for store in ensemble.stores]
     for name in scores[0]:
         each = {where: one[name] for where, one in zip(places, scores[1:], strict=True) if name in one}
-        found[f"eval_member_{name}"] = {place(store): each[place(store)] for store in ensemble.given}
+        found[f"eval_member_{name}"] = {store.place: each[store.place] for store in ensemble.given}
     return found | ensemble.told()
 
 

@@ -40,7 +40,8 @@ class EnsembleSettings:
         metadata={"help": "Labelled split that --ensemble-weights learned looks at. Default: validation."},
     )
 
-    def check_ensemble(self, stores: int) -> None:
+    def check_ensemble_values(self) -> None:
+        """What needs no look at the stores."""
         for name, value, allowed in (
             ("several-stores", self.several_stores, SEVERAL),
             ("ensemble-average", self.ensemble_average, AVERAGES),
@@ -49,13 +50,19 @@ class EnsembleSettings:
                 raise ConfigError(f"--{name} is one of {', '.join(allowed)}; got {value!r}")
         if isinstance(self.ensemble_weights, list | tuple):
             self.ensemble_weights = ",".join(map(str, self.ensemble_weights))
+        self.given_weights()
+        if self.ensemble_split is not None and self.ensemble_weights != "learned":
+            raise ConfigError("--ensemble-split is for --ensemble-weights learned; give both")
+
+    def check_ensemble(self, stores: int, merged: str | None = None) -> None:
+        """stores: how many there are, each teacher of an ensemble store being one; merged: the first such store."""
         given = self.given_weights()
+        if merged and self.several_stores != "auto":
+            raise ConfigError(f"--several-stores has no part in {merged}, an ensemble store: leave it away")
         if stores < 2 or self.several_stores == "concatenate":
             self.refuse_ensemble("one store" if stores < 2 else "--several-stores concatenate")
         elif given and len(given) != stores:
             raise ConfigError(f"--ensemble-weights: a number for each of {stores} stores expected; got {len(given)}")
-        if self.ensemble_split is not None and self.ensemble_weights != "learned":
-            raise ConfigError("--ensemble-split is for --ensemble-weights learned; give both")
 
     def refuse_ensemble(self, instead: str) -> None:
         """Raises ConfigError where something is set that only an ensemble has."""

@@ -13,13 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..store.errors import ConfigError, StoreMismatch
 from ..store.identity import canonical, short
 from .card import METRICS, PROVENANCE
 from .losses.presets import Stage
 from .settings import TrainConfig
+
+STATE = "trainer_state.json"  # of a checkpoint, written last (trainer.py)
 
 
 class Start(NamedTuple):
@@ -47,19 +49,35 @@ def prepare_folder(config: TrainConfig, output: Path, stages: Sequence[Stage]) -
     if asked.lower() == "true":
         ended = (number for number, one in enumerate(folders[:-1]) if not (one / METRICS).is_file())
         done = next(ended, len(stages) - 1)
-        found = get_last_checkpoint(folders[done]) if folders[done].is_dir() else None
+        found = last_checkpoint(folders[done])
         if not done and found is None:
-            raise ConfigError(f"--resume-from-checkpoint true: {output} holds no checkpoint; start without it")
+            raise ConfigError(
+                f"--resume-from-checkpoint true: {output} holds no checkpoint that is whole; start without it"
+            )
         return Start(done, found)
     if asked.lower() != "false":
-        if not (Path(asked) / "trainer_state.json").is_file():
-            raise ConfigError(
-                f"--resume-from-checkpoint {asked}: a checkpoint-… folder with trainer_state.json expected"
-            )
+        if not is_whole_checkpoint(Path(asked)):
+            raise ConfigError(f"--resume-from-checkpoint {asked}: a checkpoint-… folder with a whole {STATE} expected")
         at = [number for number, one in enumerate(folders) if one.resolve() == Path(asked).resolve().parent]
         return Start(at[0] if at else len(stages) - 1, asked)
     empty(config, output)
     return Start()
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The one of the most steps that was written to its end; where a run was killed while it wrote, the one before."""
+    steps = {
+        int(number): path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (number := path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdecimal() and is_whole_checkpoint(path)
+    }  # fmt: skip
+    return str(steps[max(steps)]) if steps else None
+
+
+def is_whole_checkpoint(path: Path) -> bool:
+    try:
+        return isinstance(json.loads((path / STATE).read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def empty(config: TrainConfig, output: Path) -> None:
@@ -96,7 +114,6 @@ def _resumed(made: Mapping[str, Any]) -> dict[str, Any]:
     order = (
         "seed",
         "data_seed",
-        "per_device_train_batch_size",
         "gradient_accumulation_steps",
         "train_sampling_strategy",
     )
@@ -105,6 +122,7 @@ def _resumed(made: Mapping[str, Any]) -> dict[str, Any]:
         "student": made["student"],
         "loss terms": [stage["terms"] for stage in made["stages"]] if "stages" in made else [made["terms"]],
         "number of rows": made["rows"],
+        "rows a batch (--per-device-train-batch-size times ranks)": made.get("batch_rows"),
         **{name: arguments.get(name) for name in order},
     }
 

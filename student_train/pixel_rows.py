@@ -22,7 +22,7 @@ from ..store.images.pixels import IMAGE, MASK, PIXEL_VALUES, Processing, replay,
 from ..store.images.views import VIEW_FIELDS, VIEW_MIX_WITH, mixed
 from ..store.reader import TeacherRows
 from ..store.schema import LABELS, MISSING_LABEL
-from .dataset import RowsOver, numbered
+from .rows_over import RowsOver, numbered
 
 VIEWS = [spec.name for spec in VIEW_FIELDS]
 IGNORED = 255  # of masks, where the store does not say
@@ -46,7 +46,7 @@ class PixelRows(RowsOver):
         self.masks = Files(rows.store, MASK) if MASK in rows.store.fields else None
         self._ignored = rows.store.settings.get("ignore_index", IGNORED)
         self.processing = Processing.from_json(rows.store.settings["processing"])
-        self.lengths = np.ones(len(rows), np.int64)  # all are of one size
+        self.lengths = np.broadcast_to(np.int64(1), len(rows))  # all are of one size
 
     def narrowed(self, fields: Sequence[str], stored: Sequence[str] = ()) -> PixelRows:
         return PixelRows(self.rows, fields, stored)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..store.errors import ConfigError, StoreMismatch
+from .sharded import cut_again, fill, gathered
 
 ATTRIBUTE = "distillation_projections"  # of the student they are attached to
 FILE = "projections.safetensors"  # in a checkpoint
@@ -56,11 +57,13 @@ class Projections(nn.Module):
     def __contains__(self, key: str) -> bool:
         return f"{key}/weight" in self._parameters
 
-    def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.detach().cpu().contiguous() for name, value in self.named_parameters()}, path)
+    def save(self, path: Path, *, write: bool = True) -> None:
+        """write: on one rank; all ranks call, since each may hold a part."""
+        values = {name: gathered(value) for name, value in self.named_parameters()}
+        if write:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(values, path)
 
-    @torch.no_grad()
     def load(self, path: Path) -> None:
         """Bit for bit what `save` wrote. Raises ConfigError where it is not there, StoreMismatch for other maps."""
         if not path.is_file():
@@ -78,7 +81,7 @@ class Projections(nn.Module):
                     "same student, store and loss terms"
                 )
         for name, value in own.items():
-            value.copy_(saved[name])
+            fill(value, saved[name])
 
     def _save_to_state_dict(self, *_: object) -> None:
         """Nothing of these is in a saved student."""
@@ -113,13 +116,14 @@ def attach_projections(model: nn.Module, projections: Projections | None) -> Non
         setattr(model, ATTRIBUTE, projections)
 
 
-def save_projections(model: nn.Module, checkpoint: str) -> None:
-    """Those that are attached, if any, beside the weights of a checkpoint."""
+def save_projections(model: nn.Module, checkpoint: str, *, write: bool = True) -> None:
+    """Those that are attached, if any, beside the weights of a checkpoint. write: on one rank; all ranks call."""
     if (projections := projections_of(model)) is not None:
-        projections.save(Path(checkpoint) / FILE)
+        projections.save(Path(checkpoint) / FILE, write=write)
 
 
 def load_projections(model: nn.Module, checkpoint: str) -> None:
     """Those that are attached, if any, as they were in a checkpoint. Raises ConfigError, StoreMismatch."""
     if (projections := projections_of(model)) is not None:
+        cut_again(model)
         projections.load(Path(checkpoint) / FILE)

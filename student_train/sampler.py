@@ -1,5 +1,7 @@
 """Which rows stand in which batch: deterministic under seed, epoch and rank, whatever reads them.
 
+Orders are made a block of rows at a time, so that a billion rows need no memory (permutation.py).
+
 A *global* batch is what all ranks take together: `batch_size * world_size` rows. Rank r takes rows r, r + W,
 r + 2W … of it, so that one rank with twice the batch sees the same global batches as two ranks. A last, smaller
 global batch is divided evenly too; only when it has fewer rows than there are ranks are some repeated.
@@ -8,14 +10,19 @@ global batch is divided evenly too; only when it has fewer rows than there are r
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Sampler
 
+from ..store.mapped import MOST
+from .permutation import BLOCK, pieces, shuffled
+
 MEGABATCH = 50  # global batches that are sorted by length together
 CHUNK_BYTES = 64 * 2**20  # of neighbouring rows that a window takes together: one sequential read
+CHUNKS = (64, 2048)  # in a window: enough to mix, and fewer than shards stay mapped
+Lengths = np.ndarray | Callable[[np.ndarray], np.ndarray]
 
 
 class TrainBatchSampler(Sampler[list[int]]):
@@ -23,7 +30,10 @@ class TrainBatchSampler(Sampler[list[int]]):
 
     rows: how many rows there are, numbered 0 … rows-1 in source order.
     batch_size: rows a rank and micro-batch.
-    lengths: int [rows] tokens of each row; given, rows of like length share a batch (less padding).
+    lengths: int [rows] tokens of each row, or a function that tells those of some rows; given, rows of like length
+        share a batch (less padding).
+    longest: a row of the most tokens, which the very first batch holds: when memory runs out it does so at once. Where
+        lengths are an array it is found in there.
     order: "random" or "sequential".
     window: (rows a window, rows a chunk): shuffle inside windows of random chunks, so that at most a window's
         rows need be in the page cache at once; None shuffles everything.
@@ -34,7 +44,8 @@ class TrainBatchSampler(Sampler[list[int]]):
         rows: int,
         batch_size: int,
         *,
-        lengths: np.ndarray | None = None,
+        lengths: Lengths | None = None,
+        longest: int | None = None,
         order: str = "random",
         window: tuple[int, int] | None = None,
         seed: int = 0,
@@ -43,6 +54,7 @@ class TrainBatchSampler(Sampler[list[int]]):
         drop_last: bool = False,
     ) -> None:
         self.rows, self.batch_size, self.lengths = rows, batch_size, lengths
+        self.longest = int(np.argmax(lengths)) if isinstance(lengths, np.ndarray) and rows else longest
         self.order, self.window = order, window
         self.seed, self.epoch = seed, 0
         self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
@@ -57,20 +69,25 @@ class TrainBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         generator = np.random.default_rng([self.seed, self.epoch])
         size = self.batch_size * self.world_size
-        order = self._row_order(generator)
+        runs = pieces(self._row_order(generator), MEGABATCH * size)
         if self.lengths is not None and self.order == "random":
-            order = group_by_length(order, self.lengths, size, generator)
-        for number in range(len(self)):
-            batch = order[number * size : (number + 1) * size]
-            if len(batch) < self.world_size:
-                batch = np.resize(np.concatenate([batch, order]), self.world_size)
-            yield batch[self.rank :: self.world_size].tolist()
+            runs = group_by_length(runs, self.lengths, self.longest, size, generator)
+        beginning = None
+        for run in runs:
+            beginning = run if beginning is None else beginning
+            for start in range(0, len(run), size):
+                batch = run[start : start + size]
+                if len(batch) < size and self.drop_last:
+                    return
+                if len(batch) < self.world_size:
+                    batch = np.resize(np.concatenate([batch, beginning]), self.world_size)
+                yield batch[self.rank :: self.world_size].tolist()
 
-    def _row_order(self, generator: np.random.Generator) -> np.ndarray:
+    def _row_order(self, generator: np.random.Generator) -> Iterator[np.ndarray]:
         if self.order == "sequential":
-            return np.arange(self.rows)
+            return (np.arange(start, min(start + BLOCK, self.rows)) for start in range(0, self.rows, BLOCK))
         if self.window is None:
-            return generator.permutation(self.rows)
+            return shuffled(self.rows, generator)
         return shuffle_in_windows(self.rows, *self.window, generator)
 
 
@@ -103,48 +120,51 @@ class EvaluationBatchSampler(Sampler[list[int]]):
         return real, min(max(real - self.rank * share, 0), share)
 
 
-def shuffle_in_windows(rows: int, window_rows: int, chunk_rows: int, generator: np.random.Generator) -> np.ndarray:
+def shuffle_in_windows(
+    rows: int, window_rows: int, chunk_rows: int, generator: np.random.Generator
+) -> Iterator[np.ndarray]:
     """A permutation of `rows`, window by window; a window is a random set of chunks of neighbours."""
     chunk_rows = max(1, min(chunk_rows, window_rows))
     chunks = generator.permutation(-(-rows // chunk_rows))
     per_window = max(1, window_rows // chunk_rows)
-    order = []
     for first in range(0, len(chunks), per_window):
-        starts = chunks[first : first + per_window, None] * chunk_rows
-        window = (starts + np.arange(chunk_rows)).ravel()
-        order.append(generator.permutation(window[window < rows]))
-    return np.concatenate(order) if order else np.arange(0)
+        window = chunks[first : first + per_window]
+        for places in shuffled(len(window) * chunk_rows, generator):
+            block = window[places // chunk_rows] * chunk_rows + places % chunk_rows
+            yield block[block < rows]
 
 
-def group_by_length(order: np.ndarray, lengths: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
-    """Sort runs of MEGABATCH global batches by length, then mix the batches of each run.
+def group_by_length(
+    runs: Iterator[np.ndarray], lengths: Lengths, longest: int | None, size: int, generator: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Sort each run of MEGABATCH global batches by length, then mix its batches.
 
-    The very first batch holds the longest row of all (when memory runs out it does so at once), and a smaller
-    last batch stays last.
+    The very first batch holds `longest`, which changes places with the first row, and a smaller last batch stays last.
     """
-    runs = []
-    for start in range(0, len(order), MEGABATCH * size):
-        run = order[start : start + MEGABATCH * size]
-        run = run[np.argsort(-lengths[run], kind="stable")]
+    first = None
+    for run in runs:
+        begins, first = first is None, run[0] if first is None else first
+        if longest is not None:
+            run = np.where(run == longest, first, run)
+            run[0] = longest if begins else run[0]
+        run = run[np.argsort(-(lengths(run) if callable(lengths) else lengths[run]), kind="stable")]
         whole = len(run) // size * size
         batches = generator.permutation(run[:whole].reshape(-1, size), axis=0)
-        runs.append(np.concatenate([batches.ravel(), run[whole:]]))
-    grouped = np.concatenate(runs) if runs else order
-    whole = len(grouped) // size * size
-    if whole:
-        longest = int(np.argmax(lengths[grouped[:whole]])) // size * size
-        first = grouped[longest : longest + size].copy()
-        grouped[longest : longest + size] = grouped[:size]
-        grouped[:size] = first
-    return grouped
+        if begins and len(at := np.flatnonzero((batches == longest).any(1))):
+            batches[[0, at[0]]] = batches[[at[0], 0]]
+        yield np.concatenate([batches.ravel(), run[whole:]])
 
 
-def window_of(shuffle: str, nbytes: int, rows: int, held: int) -> tuple[int, int] | None:
-    """(rows a window, rows a chunk) for rows of `nbytes` together; None where memory holds them: `held` bytes."""
+def window_of(shuffle: str, nbytes: int, rows: int, held: int, shards: int = 1) -> tuple[int, int] | None:
+    """(rows a window, rows a chunk) for rows of `nbytes` together; None where memory holds them: `held` bytes, and no
+    more shards than stay mapped: a row of one that does not costs 0.5 ms."""
+    if shuffle == "auto" and shards > MOST:
+        held = min(held, nbytes * MOST // (2 * shards))
     if shuffle == "global" or (shuffle == "auto" and nbytes <= held) or not rows:
         return None
     row_bytes = max(1, nbytes // rows)
-    return max(1, held // row_bytes), max(1, CHUNK_BYTES // row_bytes)
+    chunk = min(max(CHUNK_BYTES, held // CHUNKS[1]), held // CHUNKS[0])
+    return max(1, held // row_bytes), max(1, chunk // row_bytes)
 
 
 def memory_bytes() -> int:

@@ -260,7 +260,7 @@ class TrainConfig(EnsembleSettings, DistillationSettings):
             raise ConfigError(f"one of --student and --student-config is expected; got {given}")
         if "output_dir" in self.training_arguments:
             raise ConfigError("output_dir is a setting of its own, not one of training_arguments")
-        self.check_ensemble(len(self.stores))
+        self.check_ensemble_values()
 
     def recipe(self, temperature: float = DEFAULT_TEMPERATURE) -> tuple[Stage, ...]:
         if not self.stages:

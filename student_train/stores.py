@@ -8,7 +8,7 @@ from typing import Any
 from ..store.errors import ConfigError, StoreMismatch
 from ..store.identity import canonical, short
 from ..store.reader import TeacherStore
-from .dataset import ConcatRows, readable
+from .dataset import ConcatRows, longest, readable
 from .ensemble_join import Ensemble, joined
 from .objective import Objective
 from .settings import TrainConfig
@@ -19,8 +19,8 @@ _SHARED = ("vocabulary", "draws")  # parameters of columns that a batch can have
 
 
 def open_stores(paths: Sequence[str]) -> list[TeacherStore]:
-    """Raises StoreMismatch where they are of several tasks."""
-    stores = [TeacherStore.open(path) for path in paths]
+    """Of an ensemble store each of its teachers. Raises StoreMismatch where they are of several tasks."""
+    stores = [member for path in paths for member in TeacherStore.open(path).members]
     for other in stores[1:]:
         _check_agree(stores[0], other, [("task", stores[0].task, other.task)])
     return stores
@@ -29,8 +29,9 @@ def open_stores(paths: Sequence[str]) -> list[TeacherStore]:
 def together(config: TrainConfig, stores: Sequence[TeacherStore], evaluated: str | None) -> Ensemble | None:
     """The stores as an ensemble; None where there is one, or they are read one after another.
 
-    Raises StoreMismatch where they can be neither.
+    Raises StoreMismatch where they can be neither, ConfigError for settings of an ensemble where there is none.
     """
+    config.check_ensemble(len(stores), next((str(one.path) for one in stores if one.member), None))
     ensemble = joined(config, stores, [split for split in (config.train_split, evaluated) if split])
     if ensemble is None:
         check_alike(stores)
@@ -53,7 +54,7 @@ def _check_agree(first: TeacherStore, other: TeacherStore, compared: Iterable[tu
     for what, ours, theirs in compared:
         if canonical(ours) != canonical(theirs):
             raise StoreMismatch(
-                f"{what} differs: {first.path} has {short(ours)}, {other.path} has {short(theirs)}; "
+                f"{what} differs: {first.place} has {short(ours)}, {other.place} has {short(theirs)}; "
                 "only stores that agree are trained on together"
             )
 
@@ -104,7 +105,7 @@ def select(
     for store in stores[:1] if ensemble else stores:
         if lacking := [name for name in wanted if name in stores[0].fields and name not in store.fields]:
             raise StoreMismatch(
-                f"the loss reads {lacking[0]}, which {stores[0].path} has and {store.path} has not; only stores that "
+                f"the loss reads {lacking[0]}, which {stores[0].place} has and {store.place} has not; only stores that "
                 "agree are trained on together"
             )
         rows = store.select(split=split, where=where, fields=[]).with_fields(wanted)
@@ -112,10 +113,10 @@ def select(
             rows = task.learnable(rows, objective)
         if not len(rows):
             reason = f"--where {where!r} keeps" if where else "there are"
-            raise ConfigError(f"{store.path}: {reason} no rows of split {split} that the loss can learn from")
+            raise ConfigError(f"{store.place}: {reason} no rows of split {split} that the loss can learn from")
         retokenize = student.retokenize
         parts.append(readable(task.retokenized(rows, student.tokenizer, config.text_column) if retokenize else rows))
-    task.check_rows(student.model, max(int(part.lengths.max()) for part in parts))
+    task.check_rows(student.model, max(longest(part) for part in parts))
     if ensemble:
         return ensemble.around(parts[0], rows, student, split, wanted)
     if len(parts) == 1:

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel, is_compiled_module
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 
 from ..store.head import Head, head_module, hidden_before_head, split_head
 from ..store.schema import ATTENTION_MASK, INPUT_IDS, POSITION_IDS
+from .folder import is_main_process
 from .losses.fused import FusedLoss, TokenTerm, fused_linear_loss
 from .losses.labels import label_loss
 from .losses.rows import row_loss
 from .losses.sparse import SparseTargets, sparse_loss
 from .objective import Batch, logits_of
+from .sharded import is_cut
 
 logger = logging.getLogger(__name__)
 PROBE_TOKENS = 8  # of the row that tells whether the head can be had alone
@@ -60,7 +60,7 @@ class StudentTokens:
         if self._known is None or self._known[0] is not student or replaced(self._known[1], student):
             whole = is_whole(model, student)
             head = split_head(student, {INPUT_IDS: inputs[INPUT_IDS][:1, :PROBE_TOKENS]}) if whole else None
-            if head is None:
+            if head is None and is_main_process():
                 logger.warning(
                     "the head of %s cannot be had alone: its logits of all tokens of a batch are made at once, which "
                     "takes memory", type(student).__name__,
@@ -71,11 +71,9 @@ class StudentTokens:
 
 def is_whole(model: nn.Module, student: nn.Module) -> bool:
     """Are the student's weights here, in one place and unsharded, and can its forward be hooked?"""
-    if is_compiled_module(model) or any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+    if is_compiled_module(model) or is_cut(model) or is_cut(student):
         return False
-    weights = list(student.parameters())
-    sharded = any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in weights)
-    return not sharded and len({weight.device for weight in weights}) == 1
+    return len({weight.device for weight in student.parameters()}) == 1
 
 
 def replaced(head: Head | None, student: nn.Module) -> bool:

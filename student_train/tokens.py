@@ -13,7 +13,8 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 from ..store.errors import DataError, StoreMismatch
 from ..store.identity import short, tokenizer_content, tokenizer_sha256
 from ..store.schema import ATTENTION_MASK, INPUT_IDS
-from .dataset import RowsOver, narrowed, numbered
+from .dataset import narrowed
+from .rows_over import RowsOver, numbered
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model",

@@ -5,6 +5,7 @@ No teacher is ever loaded.
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -26,8 +27,9 @@ from .losses.presets import Stage
 from .losses.terms import Term
 from .objective import Objective, accepted_inputs
 from .progress import quiet_stdout, say, show_progress
-from .projections import ATTRIBUTE, attach_projections
+from .projections import attach_projections
 from .settings import DistillationSettings, TrainConfig
+from .sharded import check_installed, check_ranks, check_whole
 from .stores import evaluation_split, open_stores, select, together
 from .students import Student, build_student, usual_arguments
 from .tasks import Task, check_known, make_objective, task_of
@@ -69,6 +71,7 @@ def train(settings: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
     set_seed(arguments[-1].seed)
     student = build_student(config, stores[0])
     settle_weights(config, ensemble, student)
+    kind, parameters = type(student.model), sum(one.numel() for one in student.model.parameters())
     jobs = [prepare(config, stores, ensemble, student, *one, evaluated) for one in zip(stages, arguments, strict=True)]
     for job in jobs[start.done + 1 :]:  # the first one is looked at when its trainer is made
         look_ahead(job, student)
@@ -80,8 +83,7 @@ def train(settings: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / PROVENANCE, made)
     if start.done:
-        kind: Any = type(student.model)
-        student.model = kind.from_pretrained(jobs[start.done - 1].folder, dtype=torch.float32)
+        student.model = reopened(kind, jobs[start.done - 1].folder)
 
     trained: dict[str, dict[str, Any]] = {}
     for number, job in enumerate(jobs[start.done :], start.done):
@@ -93,20 +95,32 @@ def train(settings: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
         trained[job.stage.name] = dict(metrics)
         if job is not jobs[-1]:
             end_stage(trainer, job, metrics)
+            if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # which have cut it
+                student.model = reopened(kind, job.folder)
     if jobs[-1].eval_rows is not None:
         metrics |= final_evaluation(trainer) | (judged(ensemble, jobs[-1].eval_rows, config) if ensemble else {})
     if len(jobs) > 1:
         metrics["stages"] = {**earlier_stages(jobs[: start.done]), **trained}
-    metrics["student_parameters"] = sum(
-        one.numel() for name, one in student.model.named_parameters() if not name.startswith(ATTRIBUTE)
-    )
+    metrics["student_parameters"] = parameters
     metrics["output_dir"] = str(output)
     save(trainer, task, output, made, metrics)
     for store in stores:
         store.close()
-    if torch.distributed.is_initialized() and not grouped:  # gloo's threads abort a process that ends beside them
-        torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized() and not grouped:
+        leave_group(trainer)
     return metrics
+
+
+def leave_group(trainer: DistillationTrainer) -> None:
+    """End the process group, since gloo's threads abort a process that ends beside them.
+
+    DDP goes before it: as the last that holds the group it would wait for the group's thread with Python's lock in
+    hand, for which that thread may wait.
+    """
+    trainer.accelerator.free_memory()
+    trainer.model_wrapped = trainer._student
+    gc.collect()
+    torch.distributed.destroy_process_group()
 
 
 # ---- stages ----
@@ -132,6 +146,8 @@ def prepare(
 
 def look_ahead(job: Job, student: Student) -> None:
     """Does the student have the layers that this stage will ask for? Raises ConfigError."""
+    if job.objective.looks_inside:
+        check_whole(student.model)
     batch, accepted = collator(student)(first_row(job.train_rows)), accepted_inputs(student.model)
     job.objective.attach(student.model, {name: value for name, value in batch.items() if name in accepted})
     attach_projections(student.model, None)
@@ -160,6 +176,11 @@ def end_stage(trainer: DistillationTrainer, job: Job, metrics: Mapping[str, Any]
         write_json(job.folder / METRICS, metrics)
 
 
+def reopened(kind: Any, folder: Path) -> Any:
+    """The student, of this class, as a stage has saved it."""
+    return kind.from_pretrained(folder, dtype=torch.float32)
+
+
 def earlier_stages(jobs: list[Job]) -> dict[str, Any]:
     return {job.stage.name: json.loads((job.folder / METRICS).read_text(encoding="utf-8")) for job in jobs}
 
@@ -184,10 +205,13 @@ def training_arguments(
     chosen = {**usual, **stage.arguments, **config.training_arguments}
     if number < len(stages) - 1:
         chosen |= {"eval_strategy": "no", "load_best_model_at_end": False}
+    check_installed(chosen)
     try:
-        return DistillationConfig(output_dir=str(folder), **{**own, **chosen, **stage.given})
-    except (ValueError, TypeError) as error:
+        made = DistillationConfig(output_dir=str(folder), **{**own, **chosen, **stage.given})
+    except (ValueError, TypeError, OSError) as error:
         raise ConfigError(f"training arguments: {str(error).partition(chr(10))[0]}") from error
+    check_ranks(made)
+    return made
 
 
 def final_evaluation(trainer: DistillationTrainer) -> dict[str, float]:
@@ -201,10 +225,17 @@ def final_evaluation(trainer: DistillationTrainer) -> dict[str, float]:
 def save(
     trainer: DistillationTrainer, task: Task, output: Path, made: Mapping[str, Any], metrics: Mapping[str, Any]
 ) -> None:
+    """By rank 0; all ranks return when everything is there."""
     trainer.save_model(str(output))
     trainer.save_state()
-    if not trainer.is_world_process_zero():
-        return
+    if trainer.is_world_process_zero():
+        describe(trainer, task, output, made, metrics)
+    trainer.accelerator.wait_for_everyone()
+
+
+def describe(
+    trainer: DistillationTrainer, task: Task, output: Path, made: Mapping[str, Any], metrics: Mapping[str, Any]
+) -> None:
     (output / "training_args.bin").unlink(missing_ok=True)  # a pickle; predistill.json says the same
     write_json(output / METRICS, metrics)
     write_json(output / PROVENANCE, made)

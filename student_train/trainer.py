@@ -6,26 +6,30 @@ DistillationTrainer(model=student, args=DistillationConfig(output_dir="out"), tr
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from ..store.errors import ConfigError, PredistillError
 from ..store.schema import LABELS
 from .collator import DataCollatorForDistillation
 from .config import DistillationConfig
-from .dataset import StoreDataLoader, first_row, gather_real, is_store_rows, narrowed
+from .dataset import StoreDataLoader, by_length, first_row, gather_real, is_store_rows, narrowed
+from .folder import STATE, last_checkpoint
 from .objective import NEVER_GIVEN, Objective, Totals, accepted_inputs
 from .projections import attach_projections, load_projections, projections_of, save_projections
 from .sampler import EvaluationBatchSampler, TrainBatchSampler, memory_bytes, window_of
+from .sharded import check_plugins, check_whole, saved_whole, spare_embeddings
 from .tasks import default_objective
 
 
@@ -62,6 +66,15 @@ class DistillationTrainer(Trainer):
         self._given_objective = objective
         self._trained, self._windows, self._evaluated = Totals(), Totals(), Totals()
         self._attach()
+        fsdp, deepspeed = self._plugins
+        check_plugins(fsdp, deepspeed, projections=projections_of(self._student) is not None)
+        spare_embeddings(fsdp, self._student)
+
+    @property
+    def _plugins(self) -> tuple[Any, Any]:
+        """accelerate's, of FSDP and of DeepSpeed; None where it is not asked for."""
+        state = self.accelerator.state
+        return getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
 
     @functools.cached_property
     def distillation_objective(self) -> Objective:
@@ -79,6 +92,7 @@ class DistillationTrainer(Trainer):
             return
         if self.model_init is not None:
             raise ConfigError("model_init would make another student than the one that is looked at; give model")
+        check_whole(self._student)
         batch = self._prepare_inputs(self.data_collator(first_row(data)))
         self.distillation_objective.attach(self._student, self._model_inputs(batch))
         if self.optimizer is not None and projections_of(self._student) is not None:
@@ -206,13 +220,41 @@ class DistillationTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Projections are saved in checkpoints (internal calls), not with the student."""
-        super().save_model(output_dir, _internal_call)
-        if _internal_call and self.args.should_save:
-            save_projections(self._student, str(output_dir))
+        with contextlib.nullcontext() if _internal_call else saved_whole(self._plugins[0]):
+            super().save_model(output_dir, _internal_call)
+        if _internal_call:
+            save_projections(self._student, str(output_dir), write=self.args.should_save)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """trainer_state.json comes last, when all ranks have written theirs: a checkpoint without it is none."""
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            (folder / STATE).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> Any:
+        """True goes on from the last checkpoint that was written to its end."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(Path(str(self.args.output_dir)))
+            if resume_from_checkpoint is None:
+                raise ConfigError(f"{self.args.output_dir} holds no checkpoint that is whole; start without it")
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_projections(self._student, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """DeepSpeed loads a student in its own way, past `_load_from_checkpoint`."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_deepspeed_enabled:
+            load_projections(self._student, checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -229,7 +271,7 @@ class DistillationTrainer(Trainer):
             raise ConfigError("there are no rows to train on; check the split and --where")
         grouped = args.train_sampling_strategy == "group_by_length"
         sampler = TrainBatchSampler(
-            len(rows), self._train_batch_size, lengths=rows.lengths if grouped else None,
+            len(rows), self._train_batch_size, **(by_length(rows) if grouped else {}),
             order="sequential" if args.train_sampling_strategy == "sequential" else "random",
             window=self._window(rows), seed=args.seed if args.data_seed is None else args.data_seed,
             rank=args.process_index, world_size=args.world_size, drop_last=args.dataloader_drop_last,
@@ -272,4 +314,5 @@ class DistillationTrainer(Trainer):
         if self.args.world_size > 1:
             everywhere = torch.tensor(held if self.args.process_index == 0 else 0, device=self.args.device)
             held = int(self._over_ranks(everywhere))
-        return window_of(self.args.shuffle, rows.nbytes, len(rows), held)
+        shards = len(rows.store.shards) if hasattr(rows, "store") else 1
+        return window_of(self.args.shuffle, rows.nbytes, len(rows), held, shards)

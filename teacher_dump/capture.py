@@ -34,15 +34,13 @@ class Captured:
     def __init__(self, fields: Mapping[str, torch.Tensor], began: Any, ended: Any):
         self._began, self._ended = began, ended
         self._fields = {name: _start_copy(tensor) for name, tensor in fields.items()}
-        self._copied = None
-        if isinstance(ended, torch.cuda.Event):
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+        devices = {tensor.device for tensor in fields.values()}
+        self._copied = [now(device) for device in devices if device.type == "cuda"]
 
     def arrays(self) -> dict[str, np.ndarray]:
         """float32; whole numbers, and columns that are float16 already, as they are. Waits for the device."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        for copied in self._copied:
+            copied.synchronize()
         return {
             name: (tensor if _is_stored_so(name, tensor) else tensor.float()).numpy()
             for name, tensor in self._fields.items()
@@ -50,9 +48,9 @@ class Captured:
 
     def seconds(self) -> float:
         """Time that the forward pass took, on the device's own clock."""
-        if self._copied is None:
+        if isinstance(self._ended, float):
             return float(self._ended - self._began)
-        self._copied.synchronize()
+        self._ended.synchronize()
         return float(self._began.elapsed_time(self._ended)) / 1000
 
 
@@ -62,7 +60,9 @@ class Capture:
     def __init__(self, teacher: Teacher, task: Task):
         self._teacher, self._task = teacher, task
         self.model = teacher.load()
-        self.device = _first_device(self.model) or teacher.device
+        spread = devices_of(self.model)
+        self.device = spread[0] if spread else teacher.device  # of its inputs
+        self._last = spread[-1] if spread else teacher.device  # whose clock tells how long a batch took
         self.dtype = next((one.dtype for one in self.model.parameters()), torch.float32)
         self.no_grad = teacher.no_grad
         check_dtype(self.dtype, self.device)
@@ -70,7 +70,7 @@ class Capture:
     def __call__(self, samples: Samples, rows: np.ndarray, **given: Any) -> Captured:
         """rows: int64 [B], positions in `samples`. `given` goes to the task's forward."""
         inputs = self.inputs(samples, rows)
-        began = self._now()
+        began = now(self._last)
         try:
             with self.no_grad():
                 fields = self._task.forward(self.model, inputs, samples, rows, **given)
@@ -80,7 +80,7 @@ class Capture:
             if "memory" in str(error).lower():
                 raise self._out_of_memory(inputs) from error
             raise
-        return Captured(fields, began, self._now())
+        return Captured(fields, began, now(self._last))
 
     def inputs(self, samples: Samples, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """What the model is given for these rows, on its device."""
@@ -98,13 +98,6 @@ class Capture:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
-    def _now(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
     def _out_of_memory(self, inputs: Mapping[str, torch.Tensor]) -> ConfigError:
         rows, width = next(iter(inputs.values())).shape[:2]
         if next(iter(inputs.values())).dim() == 4:
@@ -119,10 +112,23 @@ class Capture:
         )
 
 
-def _first_device(model: torch.nn.Module) -> torch.device | None:
-    """Where the inputs of a model that is spread over devices go; None where it is not spread."""
-    places = list(getattr(model, "hf_device_map", {}).values())
-    return torch.device("cpu" if places[0] == "disk" else places[0]) if places else None
+def devices_of(model: torch.nn.Module) -> list[torch.device]:
+    """Devices that a model runs on which accelerate has spread, in its own order; none where it is not spread.
+
+    What lies in memory or on disk beside devices is brought to one of them when it is its turn.
+    """
+    places = list(dict.fromkeys(getattr(model, "hf_device_map", {}).values()))
+    devices = [torch.device(place) for place in places if place not in ("cpu", "disk")]
+    return devices or [torch.device("cpu")] * bool(places)
+
+
+def now(device: torch.device) -> Any:
+    """A moment: an event in what the device has been given to do, seconds on a CPU."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def _is_stored_so(name: str, tensor: torch.Tensor) -> bool:

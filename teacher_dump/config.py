@@ -5,7 +5,6 @@ Nothing heavy is imported: the command line reads this file to print its help.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from ..store.lease import KINDS as LEASES
 from ..store.lease import TIMEOUT as LEASE_TIMEOUT
 from ..store.sizes import parse_size
 from .inside.layers import EXACT, INNER, LAYERED, SQUARE, STORAGES, attention_source, check_layers
+from .paths import looks_like_path, named_paths
 from .tasks import REFUSED, TASKS
 
 DTYPES = ("float16", "bfloat16", "float32", "int8")
@@ -27,13 +27,13 @@ MOST_DRAWS = 255  # the draws of one id are stored in a byte
 COLDEST, HOTTEST = 1e-3, 1e6  # temperatures that train takes
 AUTO = "auto"
 NO_COLUMN = "none"
-OF_TEXT = ("text_column", "text_pair_column", "max_length", "tokens_per_batch", "budget", "attention_storage")
-DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".conll", ".bio")
+OF_TEXT = (
+    "text_column", "text_pair_column", "max_length", "tokens_per_batch", "budget", "attention_storage", "tp_plan",
+)  # fmt: skip
 _WHOLE_NUMBERS = {
     "max_length": 1, "tokens_per_batch": 1, "shard_size": 1, "budget": 1, "top_k_logits": 0, "sampled_logits": 1,
-    "doc_stride": 0, "ray_workers": 1, "batch_size": 1, "views": 1,
+    "doc_stride": 0, "ray_workers": 1, "batch_size": 1, "views": 1, "max_samples": 1,
 }  # fmt: skip
-_NAMED = re.compile(r"(?P<split>\w[\w.-]*)=(?P<path>.+)", re.DOTALL)
 
 
 def _setting(default: Any, help: str, **more: Any) -> Any:
@@ -171,6 +171,10 @@ class DumpConfig:
     device_map: str | None = _setting(
         None, "Spread the teacher over all devices, by accelerate: auto, balanced, balanced_low_0, sequential."
     )
+    tp_plan: str | None = _setting(
+        None,
+        "auto: split each layer of the teacher over the ranks of a torchrun, by transformers (tensor parallelism).",
+    )
     teacher_dtype: str = _setting(
         AUTO, "What the teacher computes in; auto is what its weights are saved in.", choices=TEACHER_DTYPES
     )
@@ -179,8 +183,15 @@ class DumpConfig:
     trust_remote_code: bool = _setting(False, "Run Python code that comes with the teacher.")
     dry_run: bool = _setting(False, "Say size and time, measured on a few rows, and write nothing.")
     overwrite: bool = _setting(False, "Empty a store of other settings first.")
+    streaming: bool = _setting(
+        False,
+        "Read rows once, in order, as they come: never counted, nor prepared into the cache of `datasets`. The same "
+        "command goes on where the source grew.",
+    )
+    max_samples: int | None = _setting(None, "Rows of each split to dump, the first ones. Default: all.", unit="rows")
     ray_workers: int | None = _setting(
-        None, "Dump by so many Ray tasks, a GPU each where the cluster has any; all nodes must see --output-dir.",
+        None,
+        "Dump by so many Ray tasks, a GPU each where the cluster has any; all nodes must see --output-dir.",
         unit="workers",
     )
     lease: str = _setting(
@@ -204,9 +215,9 @@ class DumpConfig:
         self._check_known()
         self._check_logits()
         self._check_inner()
+        self._check_streaming()
         self.text_column = self.text_column or TASKS[self.task].text_column
-        if self.device_map is not None and self.device != AUTO:
-            raise ConfigError(f"--device-map {self.device_map} chooses devices, and so does --device; give one of them")
+        self._check_devices()
         if looks_like_path(self.teacher) and not Path(self.teacher).expanduser().is_dir():
             raise ConfigError(f"--teacher {self.teacher}: a folder with a saved model expected; there is none")
         named_paths(self.dataset)
@@ -313,6 +324,38 @@ class DumpConfig:
                 "--attention-storage queries-keys"
             )
 
+    def _check_devices(self) -> None:
+        """Of a teacher on several of them."""
+        spread = {name: value for name in ("device_map", "tp_plan") if (value := getattr(self, name)) is not None}
+        for name, value in spread.items():
+            other = "--device" if self.device != AUTO else "--tp-plan" if len(spread) > 1 else None
+            if other:
+                raise ConfigError(f"{_flag(name)} {value} chooses devices, and so does {other}; give one of them")
+        if self.tp_plan is None:
+            return
+        if self.tp_plan != AUTO:
+            raise ConfigError(f"--tp-plan is auto; got {self.tp_plan!r}")
+        split = [*(name for name in self.fields if name not in ("logits", "hidden_states")), *self.capture]
+        if split:
+            raise ConfigError(
+                f"--tp-plan auto: each rank has a part of {split[0]} only; keep logits and hidden_states, or give "
+                "--device-map auto instead"
+            )
+        for name in ("compile", "ray_workers"):
+            if self._given(name):
+                raise ConfigError(f"--tp-plan auto does not go with {_flag(name)}; leave one of them away")
+
+    def _check_streaming(self) -> None:
+        if not self.streaming:
+            return
+        if self.budget is not None and self.max_samples is None:
+            raise ConfigError("--budget is of the whole store, and nobody knows how many rows come: give --max-samples")
+        if mixes := [name for name in self.view_transforms if name in ("mixup", "cutmix")]:
+            raise ConfigError(
+                f"--view-transforms {mixes[0]} mixes any two images, and a stream has few at a time: leave --streaming "
+                "away"
+            )
+
     @property
     def keeps_inner(self) -> bool:
         """Is anything inside the teacher kept?"""
@@ -332,38 +375,3 @@ class DumpConfig:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def looks_like_path(name: str) -> bool:
-    """Is this the name of a file or folder, rather than a Hub id (`name` or `owner/name`)?"""
-    plain = name.removesuffix(".gz").lower()
-    return (
-        Path(name).expanduser().exists()
-        or name.startswith((".", "/", "~"))
-        or name.endswith(("/", ".gz"))
-        or name.count("/") > 1
-        or "\\" in name
-        or plain.endswith(DATA_SUFFIXES)
-    )
-
-
-def named_paths(dataset: str) -> dict[str, Path] | None:
-    """{split: path} of `train=PATH,validation=PATH`, {"": path} of one path, None of a Hub id.
-
-    Raises ConfigError where something that looks like a path is not there.
-    """
-    named = None if Path(dataset).expanduser().exists() else _NAMED.match(dataset)
-    if named:
-        parts = [_NAMED.fullmatch(part) for part in re.split(r",(?=\w[\w.-]*=)", dataset)]
-        found = [(part["split"], Path(part["path"]).expanduser()) for part in parts if part]
-        paths = dict(found)
-        if len(paths) < len(found):
-            raise ConfigError(f"--dataset {dataset}: each split is given once")
-    elif looks_like_path(dataset):
-        paths = {"": Path(dataset).expanduser()}
-    else:
-        return None
-    for path in paths.values():
-        if not path.exists():
-            raise ConfigError(f"--dataset {dataset}: {path} is not there")
-    return paths

@@ -1,9 +1,12 @@
-"""Rows in: Hub datasets, saved datasets, data files. They stay memory-mapped; a slice at a time is read."""
+"""Rows in: Hub datasets, saved datasets, data files. They stay memory-mapped; a slice at a time is read.
+
+Rows that are read once, in order, without being counted or prepared beforehand: streaming.py.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..store import ShardPlan
 from ..store.errors import ConfigError, DataError
-from .config import DATA_SUFFIXES, DumpConfig, named_paths
+from .config import DumpConfig
 from .disk import out_of_space
+from .paths import DATA_SUFFIXES, named_paths
 from .rows import conll, squad
 from .rows.images import as_files, may_hold_images
 
@@ -22,6 +27,7 @@ SLICE = 10_000  # rows read at a time
 IMAGES = 500
 _BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
 _CSV = {"keep_default_na": False, "na_values": [""]}  # the word "null" is text; only an empty cell is missing
+Built = Callable[[Any], dict[str, Any]]  # of a builder of `datasets`, its splits
 assert {*_BUILDERS, *conll.SUFFIXES} == set(DATA_SUFFIXES)
 
 
@@ -41,20 +47,37 @@ class SourceData:
     def features(self) -> dict[str, datasets.Features]:
         return {split: rows.features for split, rows in self.splits.items()}
 
+    @property
+    def expected(self) -> int | None:
+        """Rows there will be; None where nobody knows."""
+        return self.rows
+
+    def table(self, shard: ShardPlan, columns: Sequence[str]) -> pa.Table:
+        """The source rows of a shard."""
+        return read(self.splits[shard.split], columns, slice(shard.start, shard.stop))
+
 
 def load_rows(config: DumpConfig) -> SourceData:
     """The rows that `config` names. Raises ConfigError, DataError; OutOfSpace where the cache's disk is full."""
-    paths = named_paths(config.dataset)
-    with _quiet(), _one_line(config.dataset), out_of_space(Path(datasets.config.HF_DATASETS_CACHE)):
-        if paths is None:
-            name, revision, found = _from_hub(config)
-        else:
-            name, revision = _name(paths), None
-            found = _from_path(paths[""]) if "" in paths else {s: _alone(s, path) for s, path in paths.items()}
-    splits = _chosen(config, found)
-    with _quiet(), _one_line(config.dataset), out_of_space(Path(datasets.config.HF_DATASETS_CACHE)):
+    with reading(config), out_of_space(Path(datasets.config.HF_DATASETS_CACHE)):
+        name, revision, splits = find(config, _built)
+        for split, rows in splits.items():
+            if not len(rows):
+                raise DataError(f"split {split} has no rows; at least one expected")
         splits = {split: squad.questions(rows) if squad.are_articles(rows) else rows for split, rows in splits.items()}
+    if config.max_samples is not None:
+        splits = {split: rows.select(range(min(config.max_samples, len(rows)))) for split, rows in splits.items()}
     return SourceData(name, revision, splits)
+
+
+def find(config: DumpConfig, built: Built) -> tuple[str, str | None, dict[str, Any]]:
+    """(name, revision, the splits that are asked for). Raises ConfigError for splits that are not there."""
+    paths = named_paths(config.dataset)
+    if paths is None:
+        builder = datasets.load_dataset_builder(config.dataset, config.dataset_name, revision=config.dataset_revision)
+        return config.dataset, builder.hash, _chosen(config, built(builder))
+    found = _from_path(paths[""], built) if "" in paths else {s: _alone(s, one, built) for s, one in paths.items()}
+    return _name(paths), None, _chosen(config, found)
 
 
 def read(rows: datasets.Dataset, columns: Sequence[str], at: slice | Sequence[int]) -> pa.Table:
@@ -81,14 +104,9 @@ def check_columns(source: SourceData, wanted: Sequence[str]) -> None:
             )
 
 
-def _from_hub(config: DumpConfig) -> tuple[str, str | None, dict[str, datasets.Dataset]]:
-    builder = datasets.load_dataset_builder(config.dataset, config.dataset_name, revision=config.dataset_revision)
-    return config.dataset, builder.hash, _built(builder)
-
-
-def _from_path(path: Path) -> dict[str, datasets.Dataset]:
+def _from_path(path: Path, built: Built) -> dict[str, Any]:
     if path.is_file():
-        return {"train": _from_file(path)}
+        return {"train": _from_file(path, built)}
     if (path / "dataset_dict.json").exists():
         return dict(datasets.load_from_disk(str(path)))
     if (path / "state.json").exists():
@@ -96,18 +114,18 @@ def _from_path(path: Path) -> dict[str, datasets.Dataset]:
     builder = datasets.load_dataset_builder(str(path))
     if builder.name == "csv":
         builder = datasets.load_dataset_builder(str(path), **_CSV)
-    return _built(builder)
+    return built(builder)
 
 
-def _alone(split: str, path: Path) -> datasets.Dataset:
+def _alone(split: str, path: Path, built: Built) -> Any:
     """The one split that a path given for `split` holds."""
-    found = _from_path(path)
+    found = _from_path(path, built)
     if len(found) > 1 and split not in found:
         raise ConfigError(f"--dataset {split}={path} holds {', '.join(found)}; give one of its files or folders")
     return found[split] if len(found) > 1 else next(iter(found.values()))
 
 
-def _from_file(path: Path) -> datasets.Dataset:
+def _from_file(path: Path, built: Built) -> Any:
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix not in DATA_SUFFIXES:
         raise ConfigError(f"--dataset {path}: one of {', '.join(DATA_SUFFIXES)} expected (.gz too); got {suffix!r}")
@@ -120,7 +138,7 @@ def _from_file(path: Path) -> datasets.Dataset:
         raise DataError(f"{path.name} is empty")
     if path.suffix == ".parquet" and not pq.read_metadata(path).num_rows:
         raise DataError(f"{path.name} has no rows; at least one expected")
-    return _built(datasets.load_dataset_builder(_BUILDERS[suffix], data_files=str(path), **options))["train"]
+    return built(datasets.load_dataset_builder(_BUILDERS[suffix], data_files=str(path), **options))["train"]
 
 
 def _built(builder: Any) -> dict[str, datasets.Dataset]:
@@ -136,16 +154,19 @@ def _name(paths: dict[str, Path]) -> str:
     return ",".join(f"{split}={path.resolve().name}" if split else path.resolve().name for split, path in paths.items())
 
 
-def _chosen(config: DumpConfig, found: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
+def _chosen(config: DumpConfig, found: dict[str, Any]) -> dict[str, Any]:
     found = {str(split): rows for split, rows in found.items()}
     unknown = [split for split in config.split if split not in found]
     if unknown:
         raise ConfigError(f"--split {unknown[0]}: dataset {config.dataset} has {', '.join(found)}")
-    splits = {split: found[split] for split in config.split or found}
-    for split, rows in splits.items():
-        if not len(rows):
-            raise DataError(f"--dataset {config.dataset}: split {split} has no rows; at least one expected")
-    return splits
+    return {split: found[split] for split in config.split or found}
+
+
+@contextlib.contextmanager
+def reading(config: DumpConfig, where: str = "") -> Iterator[None]:
+    """`datasets` at work: it says nothing, and what it raises is one line. where: in the dataset."""
+    with _quiet(), _one_line(config.dataset, where):
+        yield
 
 
 @contextlib.contextmanager
@@ -163,7 +184,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_line(dataset: str) -> Iterator[None]:
+def _one_line(dataset: str, where: str) -> Iterator[None]:
     """What `datasets` raises, as one line; the deepest cause says most, for example which column."""
     try:
         yield
@@ -177,4 +198,5 @@ def _one_line(dataset: str) -> Iterator[None]:
             cause = deeper
         if isinstance(cause, OSError) and cause.errno is not None:
             raise cause from error
-        raise DataError(f"--dataset {dataset} cannot be read: {' '.join(str(cause).split())[:400]}") from error
+        said = " ".join(str(cause).split())[:400] or "it is empty"
+        raise DataError(f"--dataset {dataset} cannot be read{where}: {said}") from error

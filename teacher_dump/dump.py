@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from ..store import ConfigError, FieldSpec, Plan, ShardPlan, StoreWriter, describe, manifest, schema
+from ..store.growing import GrowingWriter
 from ..store.shared import SharedWriter
 from ..store.writer import check_folder
 from . import budget, planning
 from .background import Ahead, Background
 from .budget import Choice
 from .capture import Capture, token_batches
-from .card import dataset_card
 from .config import DumpConfig
 from .data import SourceData, load_rows
 from .disk import check_room
@@ -32,10 +32,12 @@ from .inside.pilot import InnerPilot
 from .inside.task import InnerTask, is_of_logits
 from .progress import DumpProgress, say
 from .shards import Prepared, ShardKeeper, Tally, carried_fields, prepare
+from .streaming import Stream, open_stream
 from .survey import Survey, survey
 from .tasks import TASKS, Task, task_class
 from .teachers.given import lent, teacher_of
 from .teachers.teacher import Teacher, slow_dtype
+from .teachers.tensor_parallel import on_all_ranks
 
 _TAKEN = ("sample_id", "split", "shard", "row", "num_tokens", "label", *schema.ADDRESS_COLUMNS, schema.ATTENTION_MASK)
 _PILOT_SHARE = 50  # a dump gives its pilot at most one row in this many
@@ -71,7 +73,8 @@ def dump(config: DumpConfig, model: torch.nn.Module | None = None) -> dict[str, 
     """
     if config.dry_run:
         return plan(config, model)
-    if config.overwrite and max(int(os.environ.get("WORLD_SIZE", "1")), config.ray_workers or 1) > 1:
+    ranks = 1 if config.tp_plan else int(os.environ.get("WORLD_SIZE", "1"))
+    if config.overwrite and max(ranks, config.ray_workers or 1) > 1:
         raise ConfigError("--overwrite by several at once would empty what one of them began; give a new folder")
     if config.ray_workers:
         if model is not None:
@@ -79,19 +82,25 @@ def dump(config: DumpConfig, model: torch.nn.Module | None = None) -> dict[str, 
         from .on_ray import dump_on_ray
 
         return dump_on_ray(config)
+    return on_all_ranks(config, partial(_dump, config, model))
+
+
+def _dump(config: DumpConfig, model: torch.nn.Module | None) -> dict[str, Any]:
+    """One worker, top to bottom."""
     began, folder, tally = time.perf_counter(), Path(config.output_dir).expanduser(), Tally()
     with lent(config, model):
         job = _prepare(config, model)
         done = _committed(folder)
         overwrite = config.overwrite or not done  # a plan of which nothing is committed yet holds nobody to it
-        left = sum(shard.stop - shard.start for shard in job.plan.shards if overwrite or shard.name not in done)
-        check_room(folder, planning.room(job.pilot, left, job.source.rows) - (sum(done.values()) if overwrite else 0))
-        with SharedWriter.begin(folder, job.plan, config.overwrite, config.lease, config.lease_timeout) as writer:
-            unfinished = bool(writer.missing()) or not (folder / manifest.MANIFEST).exists()
-            while writer.missing():  # again where a lease was lost on the way
+        rows = sum(shard.stop - shard.start for shard in job.plan.shards if overwrite or shard.name not in done)
+        check_room(folder, planning.room(job.pilot, rows, job.source.rows) - (sum(done.values()) if overwrite else 0))
+        kind = SharedWriter if job.plan.grows_by is None else GrowingWriter
+        with kind.begin(folder, job.plan, config.overwrite, config.lease, config.lease_timeout) as writer:
+            left = bool(writer.missing()) or job.plan.grows_by is not None  # of a stream, rows may have come
+            while left:  # again where a lease was lost on the way
                 _run_shards(config, job, writer, tally)
-            if unfinished:
-                _finish(job, writer)
+                left = bool(writer.missing())
+            _finish(job, writer)
     seconds = time.perf_counter() - began
     return {
         **describe(folder), "seconds": round(seconds, 3), "teacher_seconds": round(tally.teacher_seconds, 3),
@@ -102,14 +111,21 @@ def dump(config: DumpConfig, model: torch.nn.Module | None = None) -> dict[str, 
 def plan(config: DumpConfig, model: torch.nn.Module | None = None) -> dict[str, Any]:
     """Size and time of a dump, measured on a few rows; writes nothing. model: as `dump` takes it.
 
-    Returns {"bytes", "bytes_per_sample", "shards", "samples", "tokens", "seconds", "free_bytes"}; for language models
-    also "candidates", a list of fidelity.Candidate as dicts, and "chosen", the name of one; where something inside the
+    Returns {"bytes", "bytes_per_sample", "shards", "samples", "tokens", "seconds", "free_bytes"}, of a stream None
+    where nobody knows how many rows will come, with max_samples the most that there can be; for language models also
+    "candidates", a list of fidelity.Candidate as dicts, and "chosen", the name of one; where something inside the
     teacher is kept, "codecs", what each way of it takes and loses (inner_fidelity.Cost).
     """
+    return on_all_ranks(config, partial(_plan, config, model))
+
+
+def _plan(config: DumpConfig, model: torch.nn.Module | None) -> dict[str, Any]:
     with lent(config, model):
         job = _prepare(config, model, compare=True)
         capture = job.capture or Capture(job.teacher, job.task)
         found = {**_measure(config, job, capture, planning.PILOT_ROWS, job.plan.shards), **job.choice.to_json()}
+    if found["bytes"] is None and "candidates" in found:
+        found["candidates"] = [{**one, "bytes": None} for one in found["candidates"]]
     return {**found, "codecs": job.codecs} if job.codecs else found
 
 
@@ -117,8 +133,9 @@ def _prepare(config: DumpConfig, model: torch.nn.Module | None, compare: bool = 
     """Rows loaded, checked and hashed, the teacher identified, shards planned; compare: ways of keeping it all too."""
     folder = Path(config.output_dir).expanduser()
     check_folder(folder)
-    source = load_rows(config)
-    kind = task_class(config.task)
+    stored = _stored_plan(config, folder)
+    source = open_stream(config, stored) if config.streaming else load_rows(config)
+    rows, kind = source.expected or 0, task_class(config.task)
     kept = None if compare else inner.earlier(config, folder)
     teacher = teacher_of(inner.implementation(config, kept), kind.model_class, model)
     choice = None if compare else budget.earlier(config, folder)
@@ -133,18 +150,17 @@ def _prepare(config: DumpConfig, model: torch.nn.Module | None, compare: bool = 
     costs: list[Cost] = []
     if config.keeps_inner and kept is None:
         capture = Capture(teacher, task)
-        kept, costs = _look_inside(config, task, capture, pilot, carried, source.rows, compare)
+        kept, costs = _look_inside(config, task, capture, pilot, carried, rows, compare)
         if inner.implementation(config, kept).attention != config.attention and config.budget is not None:
             teacher = teacher_of(inner.implementation(config, kept), kind.model_class, model)
             capture = Capture(teacher, task)  # in the way that was chosen
     own = list(kept.specs) if kept else []
-    stored = _stored_plan(config, folder)
     per_batch = planning.tokens_per_batch(config, teacher, own, pilot)
     if stored and config.tokens_per_batch is None:
         per_batch = stored.settings.get("tokens_per_batch", per_batch)
     if budget.is_about_logits(config) and (compare or (choice is None and budget.must_measure(config, task.fields))):
         capture = capture or Capture(teacher, task)
-        choice = budget.settle(config, task, capture, pilot, [*task.fields, *own, *carried], source.rows, per_batch)
+        choice = budget.settle(config, task, capture, pilot, [*task.fields, *own, *carried], rows, per_batch)
         if config.budget is not None:
             say(f"note: {choice.line()}")
             task = kind(choice.config, teacher, source)
@@ -155,15 +171,13 @@ def _prepare(config: DumpConfig, model: torch.nn.Module | None, compare: bool = 
     capture = capture.running(task) if capture else None
     fields = [*task.fields, *carried]
     pilot = planning.sized(pilot, fields, choice.entries)
-    identity = _identity(source, teacher, checked)
-    shards = planning.plan_shards(source, pilot, config.shard_size, teacher)
-    if stored and _same_rows(stored, identity) and stored.settings.get("shard_size") == config.shard_size:
-        shards = stored.shards  # other devices would plan otherwise
+    identity = _identity(source, teacher, checked, config.max_samples)
     settings = {
         **task.settings, "splits": list(source.splits), "keep_columns": config.keep_columns,
         "tokens_per_batch": per_batch, "shard_size": config.shard_size, **choice.settings(config.budget),
     }  # fmt: skip
-    made = Plan(config.task, settings, identity, fields, shards, task.label_names)
+    shards, grows_by = _shards(config, source, pilot, teacher, stored, identity)
+    made = Plan(config.task, settings, identity, fields, shards, task.label_names, grows_by)
     codecs = [cost.to_json(kept.way) for cost in costs] if kept else []
     return Job(source, teacher, task, pilot, made, per_batch, choice, capture, codecs)
 
@@ -173,9 +187,20 @@ def _stored_plan(config: DumpConfig, folder: Path) -> Plan | None:
     return None if config.overwrite or not (folder / manifest.PLAN).exists() else manifest.read_plan(folder)
 
 
-def _same_rows(stored: Plan, identity: dict[str, Any]) -> bool:
-    rows = [one.get("dataset", {}).get("rows_sha256") for one in (stored.identity, identity)]
-    return rows[0] == rows[1]
+def _shards(
+    config: DumpConfig, source: SourceData, pilot: planning.Pilot, teacher: Teacher, stored: Plan | None,
+    identity: dict[str, Any],
+) -> tuple[list[ShardPlan], int | None]:  # fmt: skip
+    """(shards, rows by which the plan of a stream grows): of those who planned first, as other devices would plan
+    otherwise."""
+    if stored and stored.settings.get("shard_size") != config.shard_size:
+        stored = None
+    if config.streaming:
+        before = stored.grows_by if stored else None
+        return [], before or planning.rows_per_shard(pilot, config.shard_size, teacher)
+    if stored and stored.identity.get("dataset", {}).get("rows_sha256") == identity["dataset"]["rows_sha256"]:
+        return stored.shards, None
+    return planning.plan_shards(source, pilot, config.shard_size, teacher), None
 
 
 def _look_inside(
@@ -198,15 +223,23 @@ def _look_inside(
 
 def _run_shards(config: DumpConfig, job: Job, writer: SharedWriter, tally: Tally) -> None:
     """Tokenising the next shard, and encoding and writing what came, go on beside the teacher."""
-    missing = writer.missing()
-    rows = sum(shard.stop - shard.start for shard in missing)
-    claimed = Ahead(partial(prepare, job.source, job.task, config.keep_columns), writer.claim(_tell_of_others))
+    missing, kept = writer.missing(), config.keep_columns
+    rows = _rows_left(job, writer, missing)
+    if isinstance(writer, GrowingWriter) and isinstance(job.source, Stream):
+        shards = job.source.claim(writer, job.task, kept, _tell_of_others)
+    else:
+        shards = writer.claim(_tell_of_others)
+    claimed = Ahead(partial(prepare, job.source, job.task, kept), shards)
+    if isinstance(job.source, Stream) and not claimed.any():
+        return
     with Background() as background:
         capture = job.capture or Capture(job.teacher, job.task)
         if claimed.any():  # tokenising beside it would slow the pilot down
-            _measure(config, job, capture, round(rows * job.pilot.stored) // _PILOT_SHARE, missing)
+            pilot = planning.PILOT_ROWS if rows is None else round(rows * job.pilot.stored) // _PILOT_SHARE
+            _measure(config, job, capture, pilot, missing)
         unit = "images" if TASKS[config.task].of_images else "tokens"
-        with DumpProgress(rows * job.pilot.stored, rows * job.pilot.tokens, tally, unit) as progress:
+        totals = (None, None) if rows is None else (rows * job.pilot.stored, rows * job.pilot.tokens)
+        with DumpProgress(totals[0], totals[1], tally, unit) as progress:
             for shard, ready in claimed:
                 planned = shard.stop - shard.start
                 progress.expect(len(ready.samples) - planned * job.pilot.stored,
@@ -218,6 +251,14 @@ def _run_shards(config: DumpConfig, job: Job, writer: SharedWriter, tally: Tally
         say(f"note: {cut} of {tally.rows} rows were longer than {job.plan.settings['max_length']} tokens and were cut")
     if lost := tally.notes.get("words_without_tokens"):
         say(f"note: the tokenizer makes nothing of {lost} words, which have no logits")
+
+
+def _rows_left(job: Job, writer: SharedWriter, missing: list[ShardPlan]) -> int | None:
+    """Rows of the shards that are missing; of a stream, of those too that are yet to come, None where nobody knows."""
+    rows, known = (sum(shard.stop - shard.start for shard in shards) for shards in (missing, writer.plan.shards))
+    if job.plan.grows_by is None:
+        return rows
+    return None if job.source.expected is None else round(job.source.expected * job.pilot.each) - known + rows
 
 
 def _tell_of_others(shards: int) -> None:
@@ -242,31 +283,41 @@ def _measure(config: DumpConfig, job: Job, capture: Capture, rows: int, shards: 
     if disagrees:
         say(f"note: {disagrees}")
     folder = Path(config.output_dir).expanduser()
-    found = planning.figures(job.pilot, job.source.rows, len(job.plan.shards), seconds_per_token, folder)
-    share = sum(shard.stop - shard.start for shard in shards) / sum(one.stop - one.start for one in job.plan.shards)
-    time_left = f", about {found['seconds'] * share:.0f} s" if found["seconds"] else ""
-    length = found["tokens"] / found["samples"]
-    what = "rows" if TASKS[config.task].of_images else f"rows of {length:.1f} tokens"
-    say(
-        f"{found['samples']} {what}: {found['bytes'] / 1e6:.1f} MB in {found['shards']} "
-        f"shard{'s' if found['shards'] > 1 else ''} ({found['bytes_per_sample']:.0f} bytes a row), {len(shards)} to "
-        f"do{time_left}; {found['free_bytes'] / 1e9:.1f} GB free"
-    )
+    source, grows_by = job.source, job.plan.grows_by
+    count = source.shards(grows_by or 1, job.pilot.views) if isinstance(source, Stream) else len(job.plan.shards)
+    found = planning.figures(job.pilot, job.source.expected, count, seconds_per_token, folder)
+    say(_size_line(job, found, shards, TASKS[config.task].of_images))
     return found
+
+
+def _size_line(job: Job, found: dict[str, Any], missing: list[ShardPlan], of_images: bool) -> str:
+    what = "rows" if of_images else f"rows of {job.pilot.tokens / job.pilot.stored:.1f} tokens"
+    free, each = f"{found['free_bytes'] / 1e9:.1f} GB free", f"{found['bytes_per_sample']:.0f} bytes a row"
+    if found["samples"] is None:
+        return f"{what}, nobody knows how many: {each}, {job.plan.grows_by} source rows a shard; {free}"
+    plural = "s" if found["shards"] > 1 else ""
+    size = f"{found['samples']} {what}: {found['bytes'] / 1e6:.1f} MB in {found['shards']} shard{plural} ({each})"
+    if job.plan.grows_by is not None:
+        return f"at most {size}; {free}"
+    share = sum(one.stop - one.start for one in missing) / sum(one.stop - one.start for one in job.plan.shards)
+    time_left = f", about {found['seconds'] * share:.0f} s" if found["seconds"] else ""
+    return f"{size}, {len(missing)} to do{time_left}; {free}"
 
 
 def _finish(job: Job, writer: StoreWriter) -> None:
     """Index, tokenizer, card, manifest."""
-    committed = manifest.committed(writer.path, writer.plan)
     with tempfile.TemporaryDirectory() as scratch:
-        reader = job.teacher.save_reader(Path(scratch))
-        writer.finish(dataset_card(writer.plan, committed, writer.path.resolve().name), reader)
+        writer.finish(job.teacher.save_reader(Path(scratch)))
 
 
-def _identity(source: SourceData, teacher: Teacher, checked: Survey) -> dict[str, Any]:
+def _identity(source: SourceData, teacher: Teacher, checked: Survey, most: int | None) -> dict[str, Any]:
     found = teacher.identity()
+    first = "first_" if isinstance(source, Stream) else ""
+    rows = {split: len(rows) for split, rows in source.splits.items()} if first else source.rows
     found["dataset"] = {
-        "name": source.name, "revision": source.revision, "rows": source.rows, "rows_sha256": checked.rows_sha256,
+        "name": source.name, "revision": source.revision, f"{first}rows": rows,
+        f"{first}rows_sha256": checked.rows_sha256,
+        **({} if first or most is None else {"max_samples": most}),
     }  # fmt: skip
     found["versions"]["predistill"] = importlib.import_module(__name__.split(".")[0]).__version__  # installed or not
     return found

@@ -26,7 +26,6 @@ from ..store import (
     tokenizer_sha256,
 )
 from ..store.writer import check_folder
-from .card import dataset_card
 from .disk import check_room
 from .importing.columns import Survey, fields, fill, lengths
 from .importing.config import LOGITS, UNKNOWN, ImportConfig
@@ -182,11 +181,9 @@ def _again(reader: Reader, row: dict[str, Any] | None, shard: ShardPlan) -> Kept
 
 
 def _finish(writer: StoreWriter, tokenizer: Any) -> None:
-    committed = manifest.committed(writer.path, writer.plan)
-    card = dataset_card(writer.plan, committed, writer.path.resolve().name)
     with tempfile.TemporaryDirectory() as scratch:
         folders = {}
         if tokenizer is not None:
             tokenizer.save_pretrained(Path(scratch) / "tokenizer")
             folders["tokenizer"] = Path(scratch) / "tokenizer"
-        writer.finish(card, folders)
+        writer.finish(folders)

@@ -107,8 +107,7 @@ def sized(pilot: Pilot, fields: list[FieldSpec], entries: float = 0.0) -> Pilot:
 def plan_shards(source: SourceData, pilot: Pilot, shard_size: int, teacher: Teacher) -> list[ShardPlan]:
     """Contiguous ranges of rows, near-equal within a split, of at most `shard_size` bytes and some minutes' work; the
     same for every view of a split, the first view before the others."""
-    work = SHARD_WORK.get(teacher.device.type, SHARD_WORK_ON_DEVICES)
-    limit = max(1, int(min(shard_size / pilot.bytes, work / (2 * teacher.parameters * pilot.tokens))))
+    limit = rows_per_shard(pilot, shard_size, teacher)
     shards = []
     for split, rows in source.splits.items():
         count = math.ceil(len(rows) / limit)
@@ -119,6 +118,12 @@ def plan_shards(source: SourceData, pilot: Pilot, shard_size: int, teacher: Teac
             for at in range(count)
         ]
     return shards
+
+
+def rows_per_shard(pilot: Pilot, shard_size: int, teacher: Teacher) -> int:
+    """At most."""
+    work = SHARD_WORK.get(teacher.device.type, SHARD_WORK_ON_DEVICES)
+    return max(1, int(min(shard_size / pilot.bytes, work / (2 * teacher.parameters * pilot.tokens))))
 
 
 def room(pilot: Pilot, left: int, rows: int) -> int:
@@ -160,17 +165,20 @@ def _agreement(samples: Samples, logits: list[tuple[np.ndarray, np.ndarray]]) ->
     return disagreement(labels[rows], predictions, logits[0][1].shape[1])
 
 
-def figures(pilot: Pilot, rows: int, shards: int, seconds_per_token: float, folder: Path) -> dict[str, Any]:
+def figures(
+    pilot: Pilot, rows: int | None, shards: int | None, seconds_per_token: float, folder: Path
+) -> dict[str, Any]:
     """What `predistill plan --json` says of `rows` source rows: bytes of the shards, stored rows, seconds of the
-    teacher."""
+    teacher; None where nobody knows how many will come."""
+    found: dict[str, Any] = dict.fromkeys(("bytes", "bytes_per_sample", "shards", "samples", "tokens", "seconds"))
+    found |= {"bytes_per_sample": round(pilot.mean_bytes / pilot.stored, 2), "free_bytes": free_bytes(folder)}
+    if rows is None:
+        return found
     rows = round(rows * pilot.each)
-    samples = round(rows * pilot.stored)
-    return {
+    return found | {
         "bytes": round(pilot.mean_bytes * rows),
-        "bytes_per_sample": round(pilot.mean_bytes / pilot.stored, 2),
         "shards": shards,
-        "samples": samples,
+        "samples": round(rows * pilot.stored),
         "tokens": round(pilot.tokens * rows),
         "seconds": round(seconds_per_token * pilot.tokens * rows, 3),
-        "free_bytes": free_bytes(folder),
     }

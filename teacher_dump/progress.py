@@ -18,28 +18,33 @@ def say(line: str) -> None:
 
 
 class DumpProgress(Bar):
-    """Follows a dump of about `rows` stored rows and `tokens` tokens; the tokens are what time goes by."""
+    """Follows a dump of about `rows` stored rows and `tokens` tokens; the tokens are what time goes by. None where
+    nobody knows how many will come."""
 
-    def __init__(self, rows: float, tokens: float, tally: Tally, unit: str = "tokens"):
+    def __init__(self, rows: float | None, tokens: float | None, tally: Tally, unit: str = "tokens"):
         self._rows, self._left, self._tally = rows, tokens, tally
         super().__init__(
             tokens, "{task.fields[rows]} rows", BarColumn(), f"{{task.fields[speed]}} {unit}/s",
             "{task.fields[written]} written", TimeRemainingColumn(elapsed_when_finished=True),
-            rows=f"0/{rows:.0f}", speed="–", written="0",
+            rows=self._progress(), speed="–", written="0",
         )  # fmt: skip
 
     def expect(self, rows: float, tokens: float) -> None:
         """A shard turned out to have so many more rows and tokens than was thought."""
-        self._rows += rows
-        self._left += tokens
+        if self._rows is not None and self._left is not None:
+            self._rows += rows
+            self._left += tokens
 
     def passed(self, rows: int, tokens: int) -> None:
         self._tally.rows += rows
         self._tally.tokens += tokens
         self.advance(
-            tokens, total=self._left, rows=f"{self._tally.rows}/{self._rows:.0f}",
+            tokens, total=self._left, rows=self._progress(),
             speed=self.speed(self._tally.tokens), written=decimal(self._tally.bytes),
         )  # fmt: skip
+
+    def _progress(self) -> str:
+        return f"{self._tally.rows}" + ("" if self._rows is None else f"/{self._rows:.0f}")
 
 
 class RowProgress(Bar):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from .inside.task import InnerTask, is_of_logits
 from .progress import RowProgress, say
 from .rechecking.compare import Deviation, compare, noise_of
 from .rechecking.config import RecheckConfig
+from .rechecking.member import member_asked
 from .rechecking.stored import config_of, inner_of, samples_of, source_of
 from .rechecking.tokens import AtStored, stored_ids
 from .tasks import TASKS, Samples, task_class
 from .teachers.given import lent, teacher_of
 from .teachers.teacher import Teacher
+from .teachers.tensor_parallel import on_all_ranks
 
 _IDS = (schema.TOP_K_INDICES, schema.SAMPLE_INDICES)
 _NOT_COMPARED = (schema.POSITIONS, schema.TOP_K_COUNTS, schema.SAMPLE_SIZES, *_IDS)
@@ -54,22 +57,30 @@ class Job:
 def recheck(path: str | Path, config: RecheckConfig, model: torch.nn.Module | None = None) -> dict[str, Any]:
     """Run `config.sample` rows of a store through a teacher. model: the teacher itself, as `dump` takes it.
 
-    Returns {"teacher", "rows", "seed", "fields": {column: a rechecking.compare.Deviation as a dict},
-    "differences": [{"name", "store", "teacher"}] of their identities, "problems": as `verify` has them}. Raises
-    ConfigError, StoreMismatch where the teacher cannot be run on what is stored.
+    Returns {"teacher", "member": of an ensemble store, else None, "rows", "seed", "fields": {column: a
+    rechecking.compare.Deviation as a dict}, "differences": [{"name", "store", "teacher"}] of their identities,
+    "problems": as `verify` has them}. Raises ConfigError, StoreMismatch where the teacher cannot be run on what is
+    stored.
     """
-    with TeacherStore.open(path) as store:
+    with TeacherStore.open(path) as whole:
+        store = member_asked(whole, config, model)
         asked = config_of(store, config)
-        with lent(asked, model):
-            job = _prepare(store, config, asked, model)
-            found = _compare(job)
-            identity = job.teacher.identity()
-            who = identity["teacher"].get("name") or identity["teacher"]["class"]
-            return {
-                "teacher": who, "rows": len(job.ids), "seed": config.seed,
-                "fields": {name: one.to_json() for name, one in found.items()},
-                "differences": _differences(store, identity), "problems": list(_problems(job, who, found)),
-            }  # fmt: skip
+        return on_all_ranks(asked, partial(_recheck, store, config, asked, model))
+
+
+def _recheck(
+    store: TeacherStore, config: RecheckConfig, asked: DumpConfig, model: torch.nn.Module | None
+) -> dict[str, Any]:
+    with lent(asked, model):
+        job = _prepare(store, config, asked, model)
+        found = _compare(job)
+        identity = job.teacher.identity()
+        who = identity["teacher"].get("name") or identity["teacher"]["class"]
+        return {
+            "teacher": who, "member": store.member, "rows": len(job.ids), "seed": config.seed,
+            "fields": {name: one.to_json() for name, one in found.items()},
+            "differences": _differences(store, identity), "problems": list(_problems(job, who, found)),
+        }  # fmt: skip
 
 
 def rechecked(path: str | Path, config: RecheckConfig, found: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from ..store import FieldSpec, ShardPlan, StoreWriter
 from .capture import Captured
-from .data import SourceData, read
+from .data import SourceData
 from .tasks import Samples, Task
 
 
@@ -34,8 +34,7 @@ class Prepared:
 
 
 def prepare(source: SourceData, task: Task, kept: list[str], shard: ShardPlan) -> Prepared:
-    rows = source.splits[shard.split]
-    table = read(rows, list(dict.fromkeys([*task.columns, *kept])), slice(shard.start, shard.stop))
+    table = source.table(shard, list(dict.fromkeys([*task.columns, *kept])))
     of_view = {"view": shard.view} if shard.view else {}  # of tasks that have several
     samples = task.prepare(shard.split, np.arange(shard.start, shard.stop), table, **of_view)
     carried = table.select(kept)

@@ -59,6 +59,11 @@ class RowsHash:
     def hexdigest(self) -> str:
         return digest({path: stream.hexdigest() for path, stream in self._streams.items()})
 
+    def copy(self) -> RowsHash:
+        made = RowsHash()
+        made._streams = {path: stream.copy() for path, stream in self._streams.items()}
+        return made
+
     def _feed(self, path: str, data: np.ndarray | memoryview | bytes) -> None:
         stream = self._streams.setdefault(path, hashlib.sha256())
         stream.update(np.ascontiguousarray(data).data if isinstance(data, np.ndarray) else data)

@@ -57,7 +57,7 @@ def write(
             numbers = None if source is None else np.asarray(source[shard.split])[shard.start : shard.stop]
             builder.put_addresses(hashes, numbers)
             writer.commit(builder)
-        writer.finish("# card\n")
+        writer.finish()
     return path
 
 

@@ -51,6 +51,11 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
+def without_card(folder: Path) -> dict[str, bytes]:
+    """The same but README.md, which tells where it is read from."""
+    return {name: data for name, data in files_of(folder).items() if name != "README.md"}
+
+
 def forge(folder: Path, change: Any) -> None:
     """Change the manifest of a store as somebody would who knows how it is sealed."""
     from predistill.store import manifest

@@ -147,5 +147,5 @@ def write(path: Path, **settings: Any) -> Path:
     with StoreWriter.begin(path, plan(**settings)) as writer:
         for shard in writer.missing():
             writer.commit(fill(writer, shard))
-        writer.finish("# a card\n")
+        writer.finish()
     return path

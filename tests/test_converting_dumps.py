@@ -41,7 +41,8 @@ def test_more_texts_and_fewer(tiny_teacher_dir: Path, tmp_path: Path) -> None:
     config = MergeConfig(stores, str(made), duplicates="keep")
     assert merge(config)["merged"] == "rows"
     card = (made / "README.md").read_text()
-    assert str(tmp_path) not in card and "| `teacher_logits` | " in card
+    assert str(tmp_path) not in card
+    assert "| teacher_logits | " in card and "| merged from | stores of fingerprint " in card
     found = drop(DropConfig(stores[0], "label = 1", yes=True))
     assert found["splits"] == {"train": 15}
     assert "| samples | 15 |" in (tmp_path / "one" / "README.md").read_text()

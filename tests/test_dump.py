@@ -328,7 +328,7 @@ def test_the_card_reads_the_store(tiny_teacher_dir: Path, tmp_path: Path) -> Non
         "BertForSequenceClassification",
         "negative, positive",
         "| train | 30 |",
-        "`teacher_logits` | 2 | float32",
+        "| teacher_logits | 2 | float32",
         "a.jsonl",
     ):
         assert words in card
@@ -370,3 +370,14 @@ def test_real_rows(name: str, data_dir: Path, tiny_tokenizer_dir: Path, tmp_path
         stored = store.select()
         np.testing.assert_allclose(stored.column("teacher_logits")[at], expected, rtol=2**-10, atol=1e-3)
         assert stored.column("labels").tolist() == [row["label"] for row in content]
+
+
+def test_what_a_dead_worker_held_goes_with_the_next_dump(tiny_teacher_dir: Path, tmp_path: Path) -> None:
+    """Killed between store.json and giving its lease back, a worker leaves a whole store and a file."""
+    config = settings(tiny_teacher_dir, write(tmp_path / "a.jsonl", rows(5)), tmp_path / "s")
+    dump(config)
+    left = tmp_path / "s" / "shards" / "store.lease"
+    left.touch()
+    assert verify(tmp_path / "s")["ok"]
+    dump(config)
+    assert not left.exists()

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -269,71 +264,3 @@ def test_packed_documents_give_what_they_give_apart(tmp_path):
         found.append((counts.tolist(), objective.step(student, inputs, batch, counts).sums))
     assert found[0][0] == found[1][0]
     torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-5, atol=1e-6)
-
-
-RANK_SCRIPT = """
-import json, os, sys
-import torch
-from predistill.store import TeacherStore
-from predistill.student_train.config import DistillationConfig
-from predistill.student_train.inner import InnerObjective
-from predistill.student_train.losses.terms import Term
-from predistill.student_train.tasks import task_of
-from predistill.student_train.trainer import DistillationTrainer
-from transformers import BertConfig, BertForSequenceClassification
-
-store, batch = TeacherStore.open(sys.argv[1]), int(sys.argv[3])
-for case in sys.argv[4:]:
-    out, outer = f"{sys.argv[2]} {case}", case == "both"
-    torch.manual_seed(int(os.environ.get("RANK", "0")))  # DDP gives all ranks the weights of rank 0
-    torch.set_num_threads(1)
-    student = BertForSequenceClassification(BertConfig(
-        vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=32, num_labels=3, initializer_range=0.3, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0))
-    args = DistillationConfig(
-        output_dir=out, use_cpu=True, ddp_backend="gloo" if "RANK" in os.environ else None,
-        disable_tqdm=True, save_strategy="no", optim="sgd", learning_rate=0.1, max_grad_norm=0.0, max_steps=3,
-        per_device_train_batch_size=batch, per_device_eval_batch_size=batch, gradient_accumulation_steps=2,
-        logging_steps=1, eval_strategy="steps", eval_steps=3)
-    terms = [Term("hidden_states"), Term("attentions", weight=10.0), Term("hidden_states", "pkd")]
-    objective = InnerObjective(task_of(store).objective([Term("labels")] * outer), terms, store.fields)
-    trainer = DistillationTrainer(
-        model=student, args=args, objective=objective, train_dataset=store.select("train"),
-        eval_dataset=store.select("validation"))
-    trainer.train()
-    if trainer.is_world_process_zero():
-        weights = {name: value.tolist() for name, value in student.named_parameters()}
-        json.dump([args.world_size, trainer.state.log_history, weights], open(out + ".json", "w"))
-if args.world_size > 1:  # gloo's threads abort a process that ends beside them
-    torch.distributed.destroy_process_group()
-"""
-
-
-@pytest.mark.slow
-def test_two_ranks_equal_one_with_twice_the_batch(store, tmp_path):
-    script, cases = tmp_path / "rank.py", ("both", "inside alone")
-    script.write_text(RANK_SCRIPT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name, ranks, batch in (("one", 1, 6), ("two", 2, 3)):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-        out = tmp_path / name
-        done = subprocess.run(
-            [sys.executable, *launcher, str(script), str(store.path), str(out), str(batch), *cases],
-            env=environment, capture_output=True, text=True, timeout=240,
-        )  # fmt: skip
-        assert done.returncode == 0, textwrap.shorten(done.stderr[-3000:], 3000)
-    for case in cases:
-        found = [json.loads((tmp_path / f"{name} {case}.json").read_text()) for name in ("one", "two")]
-        compare(*found)
-
-
-def compare(one_rank, two_ranks):
-    (_, logs, weights), (world_size, rank_logs, rank_weights) = one_rank, two_ranks
-    assert world_size == 2 and len(logs) == len(rank_logs)
-    for one, two in zip(logs, rank_logs, strict=True):
-        for key in [key for key in one if "loss" in key and key != "train_loss"]:
-            assert two[key] == pytest.approx(one[key], rel=1e-5), key
-    assert any("distillation_projections" in name for name in weights)
-    for name, value in weights.items():
-        np.testing.assert_allclose(rank_weights[name], value, atol=1e-5, err_msg=name)

@@ -139,12 +139,6 @@ def test_rows_said_twice_are_refused_or_kept(tmp_path: Path) -> None:
     assert len(content(merged(one, two, duplicates="keep"))["train"]) == 24
 
 
-def test_teachers_of_the_same_rows_are_an_ensemble(tmp_path: Path) -> None:
-    one = write(tmp_path / "a", {"train": range(20)})
-    two = write(tmp_path / "b", {"train": range(20)}, teacher="b")
-    assert f"predistill train {one} {two}" in refusal(one, two, kind=ConfigError)
-
-
 def test_nothing_to_merge(tmp_path: Path) -> None:
     one = write(tmp_path / "a", {"train": range(20)})
     two = Path(shutil.copytree(one, tmp_path / "b"))

@@ -14,7 +14,7 @@ from predistill.store.remote.config import PullConfig, PushConfig
 from predistill.store.remote.pull import pull
 from predistill.store.remote.push import push
 from predistill.store.verify import verify
-from remote_cases import Done, as_json, files_of, predistill, wide_store
+from remote_cases import Done, as_json, files_of, predistill, wide_store, without_card
 
 URL = "hf://datasets/user/reviews"
 FLAGS = ["--license", "cc-by-4.0", "--teacher-license", "apache-2.0", "--dataset-license", "other"]
@@ -75,14 +75,14 @@ def test_there_and_back(machine: Machine, wide: Path, tmp_path: Path) -> None:
     assert machine.hub.sent[-1] == ["README.md", "store.json"]  # the last commit
     assert all("store.json" not in sent for sent in machine.hub.sent[:-1])
     mine = {name: data for name, data in machine.files().items() if name not in ("README.md", ".gitattributes")}
-    assert mine == files_of(wide)
+    assert mine == without_card(wide)
     assert b"license: cc-by-4.0" in machine.files()["README.md"]
 
     again = push(PushConfig(str(wide), URL))  # licences are carried
     assert again["sent"] == 0 and again["teacher_license"] == "apache-2.0"
     machine.run("pull", URL, tmp_path / "pulled")
     pulled = files_of(tmp_path / "pulled")
-    assert pulled.pop("README.md") == machine.files()["README.md"] and pulled == files_of(wide)
+    assert pulled.pop("README.md") == machine.files()["README.md"] and pulled == without_card(wide)
     assert verify(tmp_path / "pulled")["ok"]
 
 
@@ -104,7 +104,7 @@ def test_another_store_is_not_written_over(shared: Machine, tmp_path: Path) -> N
     assert shared.files() == before
     push(PushConfig(str(other), URL, **LICENCES, overwrite=True))
     mine = {name: data for name, data in shared.files().items() if name != "README.md"}
-    assert mine == files_of(other)
+    assert mine == without_card(other)
     removal = next(files for files in shared.hub.repos["user/reviews"][2:] if "store.json" not in files)
     assert not any(name.endswith(".arrow") for name in removal)
 

@@ -410,6 +410,7 @@ def test_a_manifest_of_more_bytes_than_a_disk_has(wide: Path, tmp_path: Path) ->
 def test_links_lead_nowhere(wide: Path, tmp_path: Path) -> None:
     source = shutil.copytree(wide, tmp_path / "source")
     (tmp_path / "secret").write_text("password")
+    (source / "README.md").unlink()
     (source / "README.md").symlink_to(tmp_path / "secret")
     with pytest.raises(StoreCorrupt, match="leads out of its folder"):
         take(source, tmp_path / "pulled")

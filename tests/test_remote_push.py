@@ -20,13 +20,13 @@ import synthetic_store
 import yaml
 from predistill import ConfigError, StoreCorrupt, StoreError, StoreIncomplete, StoreMismatch, TeacherStore
 from predistill.store import manifest
+from predistill.store.card import licences_in, store_card
 from predistill.store.remote import elsewhere as remote
-from predistill.store.remote.card import licences_in, store_card
 from predistill.store.remote.config import PushConfig
 from predistill.store.remote.elsewhere import FilePlace
 from predistill.store.remote.push import push
 from predistill.store.verify import verify
-from remote_cases import as_json, files_of, predistill, wide_store
+from remote_cases import as_json, files_of, predistill, wide_store, without_card
 
 LICENCES = {"license": "cc-by-4.0", "teacher_license": "apache-2.0", "dataset_license": "other"}
 
@@ -46,16 +46,13 @@ def send(store: Path, there: Path, **settings: Any) -> dict[str, Any]:
     return push(PushConfig(str(store), f"file://{there}", **settings))
 
 
-def without_card(folder: Path) -> dict[str, bytes]:
-    return {name: data for name, data in files_of(folder).items() if name != "README.md"}
-
-
 def test_all_but_the_index_arrives(wide: Path, tmp_path: Path) -> None:
+    before = files_of(wide)
     found = send(wide, tmp_path / "there", **LICENCES)
     assert without_card(tmp_path / "there") == without_card(wide)
     assert not (tmp_path / "there" / "index.duckdb").exists()
     assert found["sent"] == sum(len(data) for name, data in without_card(wide).items() if name != "store.json")
-    assert not (wide / "README.md").exists()  # the store itself stays as it is
+    assert files_of(wide) == before  # the store itself stays as it is
     again = send(wide, tmp_path / "there")
     assert again["sent"] == 0
     assert licences_in((tmp_path / "there" / "README.md").read_text()) == LICENCES  # those of the first time
@@ -163,6 +160,7 @@ def test_a_store_that_is_not_whole_is_not_pushed(wide: Path, tmp_path: Path) -> 
 def test_links_are_not_followed(wide: Path, tmp_path: Path) -> None:
     store = shutil.copytree(wide, tmp_path / "store")
     (tmp_path / "secret").write_text("password")
+    (store / "README.md").unlink()
     (store / "README.md").symlink_to(tmp_path / "secret")
     with pytest.raises(StoreCorrupt, match="a plain file expected"):
         send(store, tmp_path / "there")

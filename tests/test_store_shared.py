@@ -44,7 +44,7 @@ def work(path: Path, kind: str = "auto", pause: float = 0.0, slow: int | None = 
             if log and made:
                 with open(log, "a") as lines:
                     lines.write(f"{os.getpid()} {shard.name}\n")
-        writer.finish("# a card\n")
+        writer.finish()
 
 
 def start(*given: Any, **more: Any) -> Any:
@@ -64,7 +64,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with StoreWriter.begin(path, plan()) as writer:
         for shard in writer.missing():
             writer.commit(fill(writer, shard))
-        writer.finish("# a card\n")
+        writer.finish()
     return path
 
 

@@ -44,7 +44,7 @@ def test_a_dump_in_pieces_has_the_bytes_of_one_in_one_go(tmp_path: Path, whole: 
             writer.commit(synthetic.fill(writer, writer.missing()[-1]))  # any order
     with StoreWriter.begin(tmp_path / "s", synthetic.plan()) as writer:
         assert not writer.missing()
-        writer.finish("# a card\n")
+        writer.finish()
     assert shards(tmp_path / "s") == shards(whole)
     assert (tmp_path / "s/store.json").read_bytes() == (whole / "store.json").read_bytes()
 
@@ -70,7 +70,7 @@ def test_a_shard_that_was_cut_short_is_made_again(tmp_path: Path, whole: Path) -
     with StoreWriter.begin(path, synthetic.plan()) as writer:
         assert [shard.name for shard in writer.missing()] == ["train-00001"]
         writer.commit(synthetic.fill(writer, writer.missing()[0]))
-        writer.finish("# a card\n")
+        writer.finish()
     assert shards(path) == shards(whole) and verify(path)["ok"]
 
 
@@ -152,7 +152,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, whole: Path) ->
         assert set(shards(tmp_path / "s")) == {"train-00000.arrow", "train-00000.json"}
         for shard in writer.missing():
             writer.commit(synthetic.fill(writer, shard))
-        writer.finish("# a card\n")
+        writer.finish()
     assert shards(tmp_path / "s") == shards(whole)
 
 
@@ -171,7 +171,7 @@ def test_a_really_full_disk(tmp_path: Path, whole: Path) -> None:
             subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
             for shard in writer.missing():
                 writer.commit(synthetic.fill(writer, shard))
-            writer.finish("# a card\n")
+            writer.finish()
         assert shards(disk / "s") == shards(whole)
     finally:
         subprocess.run(["umount", disk], check=True)

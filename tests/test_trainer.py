@@ -1,12 +1,7 @@
-"""DistillationTrainer: accumulation, online equality, resume, two ranks, any module, evaluation in source order."""
+"""DistillationTrainer: accumulation, online equality, resume, any module, evaluation in source order."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -355,65 +350,3 @@ def test_clear_refusals(store, tmp_path):
         arguments(tmp_path, label_smoothing_factor=0.1)
     with pytest.raises(PredistillError, match="5 labels, the store's teacher has 3"):
         run(tmp_path, store, bert(0, labels=5))
-
-
-RANK_SCRIPT = """
-import json, os, sys
-import torch
-from predistill.store import TeacherStore
-from predistill.student_train.config import DistillationConfig
-from predistill.student_train.metrics import compute_metrics_for
-from predistill.student_train.trainer import DistillationTrainer
-from transformers import BertConfig, BertForSequenceClassification
-
-store, out, batch = TeacherStore.open(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-torch.manual_seed(0)
-torch.set_num_threads(1)
-student = BertForSequenceClassification(BertConfig(
-    vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-    max_position_embeddings=32, num_labels=3, initializer_range=0.3, hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0))
-args = DistillationConfig(
-    output_dir=out, use_cpu=True, ddp_backend="gloo" if "RANK" in os.environ else None,
-    disable_tqdm=True, save_strategy="no", optim="sgd",
-    learning_rate=0.1, max_grad_norm=0.0, num_train_epochs=2, per_device_train_batch_size=batch,
-    per_device_eval_batch_size=batch, gradient_accumulation_steps=2, logging_steps=1, eval_strategy="epoch")
-trainer = DistillationTrainer(
-    model=student, args=args, train_dataset=store.select("train"), eval_dataset=store.select("validation"),
-    compute_metrics=compute_metrics_for("single_label_classification"))
-trainer.train()
-predictions = trainer.predict(store.select("validation")).predictions
-if trainer.is_world_process_zero():
-    weights = {name: value.tolist() for name, value in student.state_dict().items()}
-    json.dump([args.world_size, trainer.state.log_history, predictions.tolist(), weights], open(out + ".json", "w"))
-if args.world_size > 1:  # gloo's threads abort a process that ends beside them
-    torch.distributed.destroy_process_group()
-"""
-
-
-@pytest.mark.slow
-def test_two_ranks_equal_one_with_twice_the_batch(store, tmp_path):
-    script = tmp_path / "rank.py"
-    script.write_text(RANK_SCRIPT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    found = []
-    for name, ranks, batch in (("one", 1, 10), ("two", 2, 5)):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-        out = tmp_path / name
-        done = subprocess.run(
-            [sys.executable, *launcher, str(script), str(store.path), str(out), str(batch)],
-            env=environment, capture_output=True, text=True, timeout=240,
-        )  # fmt: skip
-        assert done.returncode == 0, textwrap.shorten(done.stderr[-3000:], 3000)
-        found.append(json.loads(Path(f"{out}.json").read_text()))
-    (_, logs, predictions, weights), (world_size, rank_logs, rank_predictions, rank_weights) = found
-    assert world_size == 2
-    assert len(logs) == len(rank_logs)
-    for one, two in zip(logs, rank_logs, strict=True):
-        for key in ("loss", "loss_labels", "loss_logits", "eval_loss", "eval_accuracy", "eval_teacher_agreement"):
-            assert (key in one) == (key in two)
-            if key in one:
-                assert two[key] == pytest.approx(one[key], rel=1e-5), key
-    np.testing.assert_allclose(rank_predictions, predictions, atol=1e-5)
-    for name, value in weights.items():
-        np.testing.assert_allclose(rank_weights[name], value, atol=1e-5)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -300,61 +295,3 @@ def test_logits_of_a_batch_never_exist(tmp_path):
         trainer.compute_loss(student, batch).backward()
         trainer.prediction_step(student, batch, prediction_loss_only=True)
     assert 40 * 50 * vocabulary > 5 * seen.values > 0
-
-
-RANK_SCRIPT = """
-import json, os, sys
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from predistill import DistillationConfig, DistillationTrainer, TeacherStore
-
-store, batch = TeacherStore.open(sys.argv[1]), int(sys.argv[3])
-for case in sys.argv[4:]:
-    out, tied, unused = f"{sys.argv[2]} {case}", case.startswith("tied"), case.endswith("search")
-    torch.manual_seed(0)
-    student = LlamaForCausalLM(LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, tie_word_embeddings=tied))
-    args = DistillationConfig(
-        output_dir=out, use_cpu=True, ddp_backend="gloo" if "RANK" in os.environ else None,
-        disable_tqdm=True, save_strategy="no", optim="sgd", ddp_find_unused_parameters=unused,
-        learning_rate=0.1, max_grad_norm=0.0, num_train_epochs=2, per_device_train_batch_size=batch,
-        per_device_eval_batch_size=batch, gradient_accumulation_steps=2, logging_steps=1, eval_strategy="epoch",
-        eval_on_start=True)
-    trainer = DistillationTrainer(
-        model=student, args=args, train_dataset=store.select("train"), eval_dataset=store.select("validation"))
-    trainer.train()
-    if trainer.is_world_process_zero():
-        weights = {name: value.tolist() for name, value in student.state_dict().items()}
-        json.dump([args.world_size, trainer.state.log_history, weights], open(out + ".json", "w"))
-if args.world_size > 1:  # gloo's threads abort a process that ends beside them
-    torch.distributed.destroy_process_group()
-"""
-
-
-@pytest.mark.slow
-def test_two_ranks_equal_one_with_twice_the_batch(store, tmp_path):
-    script, cases = tmp_path / "rank.py", ("tied none", "untied search")
-    script.write_text(RANK_SCRIPT)
-    for name, ranks, batch in (("one", 1, 10), ("two", 2, 5)):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-        out = tmp_path / name
-        done = subprocess.run(
-            [sys.executable, *launcher, str(script), str(store.path), str(out), str(batch), *cases],
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
-        )  # fmt: skip
-        assert done.returncode == 0, textwrap.shorten(done.stderr[-3000:], 3000)
-    for case in cases:
-        found = [json.loads((tmp_path / f"{name} {case}.json").read_text()) for name in ("one", "two")]
-        compare(*found)
-
-
-def compare(one_rank, two_ranks):
-    (_, logs, weights), (world_size, rank_logs, rank_weights) = one_rank, two_ranks
-    assert world_size == 2 and len(logs) == len(rank_logs)
-    for one, two in zip(logs, rank_logs, strict=True):
-        for key in one:
-            if key.startswith(("loss", "eval_loss", "eval_perplexity", "eval_token", "eval_teacher")):
-                assert two[key] == pytest.approx(one[key], rel=1e-5), key
-    for name, value in weights.items():
-        np.testing.assert_allclose(rank_weights[name], value, atol=1e-5)

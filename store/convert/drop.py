@@ -8,7 +8,6 @@ stopped, the folder is a whole store, the old one or the new one, and the same c
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -19,9 +18,11 @@ import numpy as np
 
 from .. import index, manifest
 from ..atomic import out_of_space, write_text
+from ..card import licences_in, store_card
 from ..errors import ConfigError, StoreCorrupt
 from ..identity import digest
 from ..manifest import shard_path
+from ..parts import part_names
 from ..progress import bytes_bar
 from ..reader import TeacherStore
 from ..shard import fsync_folder
@@ -34,8 +35,8 @@ from .swap import recover, swap
 
 DROPPED = "dropped"  # of store.json: {"rows": all that were ever taken out, "splits": {name: rows}}
 _JOURNAL, _NEW, _OLD = "drop.json", "store", "aside"
+_ATTRIBUTES = ".gitattributes"
 _NOT_OURS = (".git",)  # a history keeps what is taken out
-_COUNTS = re.compile(r"\| samples \| \d+ \|")
 
 
 def drop(config: DropConfig) -> dict[str, Any]:
@@ -164,32 +165,23 @@ def _seal(store: TeacherStore, plan: manifest.Plan, new: Path, found: Mapping[st
         DROPPED: {"rows": sum(splits.values()), "splits": {name: count for name, count in splits.items() if count}},
     }
     index.build(new, made)
-    for name in (manifest.CARD, ".gitattributes"):
-        if (store.path / name).exists():
-            text = plain_file(store.path / name).read_text(encoding="utf-8")
-            write_text(new / name, _card(text, store, made) if name == manifest.CARD else text)
+    said = {name: text for name in (manifest.CARD, _ATTRIBUTES) if (text := _text(store.path / name)) is not None}
+    write_text(new / manifest.CARD, store_card(new, made, licences_in(said.pop(manifest.CARD, None))))
+    for name, text in said.items():
+        write_text(new / name, text)
     made = manifest.sealed({**made, "files": manifest.described_files(new)})
     manifest.write_json(new / manifest.MANIFEST, made)
     return made["sha256"]
 
 
-def _card(text: str, store: TeacherStore, made: Mapping[str, Any]) -> str:
-    """The card with the new counts, where it has the tables that a dump writes."""
-    said = store.splits
-    with TeacherStore(store.path, made, False) as fresh:
-        samples = sum(split["samples"] for split in fresh.splits.values())
-        for name, split in fresh.splits.items():
-            shards = zip(store.shards, made["shards"], strict=True)
-            size = sum(entry["bytes"] for shard, entry in shards if shard.split == name)
-            row = f"| {name} | {split['samples']} | {split['tokens']} | {split['shards']} | {size} |"
-            before = rf"\| {re.escape(name)} \| {said[name]['samples']} \| \d+ \| \d+ \| \d+ \|"
-            text = re.sub(before, row, text)
-    return _COUNTS.sub(f"| samples | {samples} |", text)
+def _text(path: Path) -> str | None:
+    return plain_file(path).read_text(encoding="utf-8", errors="replace") if path.exists() else None
 
 
 def _check_alone(folder: Path) -> None:
     """The old folder is deleted whole: nothing else may be in it. Raises ConfigError."""
-    known = (KNOWN | {f"{name}.tmp" for name in KNOWN}) - set(_NOT_OURS)
+    ours = KNOWN | set(part_names(folder))
+    known = (ours | {f"{name}.tmp" for name in ours}) - set(_NOT_OURS)
     if others := sorted({entry.name for entry in folder.iterdir()} - known):
         raise ConfigError(f"{folder} holds {others[0]}, no part of a store, which might keep the rows; move it out")
 

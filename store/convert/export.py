@@ -18,6 +18,7 @@ from ..atomic import out_of_space
 from ..errors import ConfigError
 from ..identity import file_sha256
 from ..mapped import MappedShard
+from ..members import tellers
 from ..progress import bytes_bar
 from ..reader import TeacherStore
 from ..shard import ShardPlan, fsync_folder
@@ -86,6 +87,7 @@ def _about(store: TeacherStore, config: ExportConfig) -> dict[str, Any]:
     return {
         "format": config.format, "raw": config.raw, "task": store.task, "fingerprint": store.fingerprint,
         "store_sha256": store.manifest["sha256"], "label_names": store.label_names,
+        "teachers": {one.prefix: one.name for one in tellers(store)},
         "fields": [spec.to_json() for spec in store.fields.values()],
         "shards": [{**shard.to_json(), "name": shard.name} for shard in store.shards],
     }  # fmt: skip

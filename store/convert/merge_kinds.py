@@ -1,4 +1,4 @@
-"""How stores can become one: more rows, or more fields of the same rows; and why they cannot.
+"""How stores can become one: more rows, more fields of the same rows, or more teachers; and why they cannot.
 
 What decides what a row is must agree: task, classes, teacher, tokenizer, settings, fields. Where the teacher ran and by
 which library versions moves values within the bound of their dtype: it may differ, is told, and stands in the manifest.
@@ -16,10 +16,13 @@ from ..addresses import Addresses, Common, addresses, compared
 from ..codecs import WHOLE_COLUMN
 from ..errors import ConfigError, StoreMismatch
 from ..identity import differences, short
+from ..members import TEACHERS, tellers
 from ..reader import TeacherStore
+from .merge_teachers import check_teachers, same_teacher
 
-ROWS, FIELDS = "rows", "fields"
+ROWS, FIELDS, ENSEMBLE = "rows", "fields", "teachers"
 LAYOUT = ("splits", "shard_size", "tokens_per_batch")  # settings that say where rows stand, not what is in them
+_MORE = {FIELDS: "the same rows of its teacher", ENSEMBLE: "the same rows of another teacher", ROWS: "other rows"}
 _WHERE = ("name", "device", "attention")  # of a teacher's identity: its place, and how it was computed
 
 
@@ -35,11 +38,11 @@ class Shared(NamedTuple):
 
 
 def kind_of(stores: Sequence[TeacherStore], keep_duplicates: bool) -> str:
-    """ROWS or FIELDS. Raises StoreMismatch, ConfigError."""
+    """ROWS, FIELDS or ENSEMBLE. Raises StoreMismatch, ConfigError."""
     kinds = [_kind_of(stores[0], other, keep_duplicates) for other in stores[1:]]
     if len(set(kinds)) > 1:
-        one, other = (stores[1 + kinds.index(kind)].path for kind in (FIELDS, ROWS))
-        raise ConfigError(f"{one} has the rows of {stores[0].path}, {other} has others: merge one after the other")
+        told = [f"{stores[1 + kinds.index(kind)].path} has {_MORE[kind]}" for kind in _MORE if kind in kinds]
+        raise ConfigError(f"beside {stores[0].path}, {' and '.join(told)}: merge one after the other")
     return kinds[0]
 
 
@@ -54,13 +57,11 @@ def _kind_of(first: TeacherStore, other: TeacherStore, keep_duplicates: bool) ->
         return ROWS
     if not found.whole or set(first.splits) != set(other.splits):
         raise StoreMismatch(_partly(first, other, found))
-    if _teacher(first) != _teacher(other):
-        raise ConfigError(
-            f"{first.path} and {other.path} hold the same rows of different teachers; an ensemble needs no merge: "
-            f"predistill train {first.path} {other.path}"
-        )
-    check_fields(first, other)
-    return FIELDS
+    if same_teacher(first, other):
+        check_fields(first, other)
+        return FIELDS
+    check_teachers(first, other)
+    return ENSEMBLE
 
 
 def shared(first: TeacherStore, other: TeacherStore) -> Shared:
@@ -124,14 +125,16 @@ def dataset_of(store: TeacherStore) -> object:
     return (store.identity.get("dataset") or {}).get("rows_sha256") or store.path
 
 
-def _teacher(store: TeacherStore) -> dict[str, Any]:
-    return {key: value for key, value in (store.identity.get("teacher") or {}).items() if key not in _WHERE}
+def _content_of(teacher: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in teacher.items() if key not in _WHERE}
 
 
 def _identity(store: TeacherStore) -> dict[str, Any]:
     """What a merge refuses to mix."""
     made: dict[str, Any] = {"label_names": {str(at): name for at, name in enumerate(store.label_names or ())}}
-    made["identity.teacher"] = _teacher(store)
+    made["identity.teacher"] = _content_of(store.identity.get("teacher") or {})
+    if TEACHERS in store.identity:
+        made[f"identity.{TEACHERS}"] = {one.prefix: _content_of(one.teacher) for one in tellers(store)}
     for part in ("tokenizer", "processor"):
         made[f"identity.{part}"] = {
             key: value for key, value in (store.identity.get(part) or {}).items() if key != "name"

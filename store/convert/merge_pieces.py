@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -137,12 +137,15 @@ def _plan(store: TeacherStore, source: Source, rows: Addresses, number: int, beg
     return ShardPlan(planned.split, number, int(span.min()), int(span.max()) + 1, planned.view)
 
 
-def check_same(stores: Sequence[TeacherStore], pieces: Sequence[Piece]) -> None:
-    """Inputs, labels and what others are counted by must be equal in all stores. Raises StoreMismatch."""
+def check_same(stores: Sequence[TeacherStore], pieces: Sequence[Piece], names: Sequence[Collection[str]]) -> None:
+    """Inputs, labels and what others are counted by must be equal in all stores. Raises StoreMismatch.
+
+    names: of each store, columns that stand beside those of the others under names of their own.
+    """
     for piece in pieces:
         lead = piece.sources[0]
         for source in piece.sources[1:]:
-            for name in _compared(stores[0], stores[source.store]):
+            for name in _compared(stores[0], stores[source.store], names[source.store]):
                 spec = stores[0].fields[name]
                 row = _first_other(stores, spec, lead, source)
                 if row is not None:
@@ -153,11 +156,12 @@ def check_same(stores: Sequence[TeacherStore], pieces: Sequence[Piece]) -> None:
                     )
 
 
-def _compared(first: TeacherStore, other: TeacherStore) -> list[str]:
+def _compared(first: TeacherStore, other: TeacherStore, apart: Collection[str]) -> list[str]:
     counts = {spec.parameters.get("counts") for store in (first, other) for spec in store.fields.values()}
     return [
         name for name, spec in first.fields.items()
-        if name in other.fields and (spec.role in ("input", "label") or name == schema.POSITIONS or name in counts)
+        if name in other.fields and name not in apart
+        and (spec.role in ("input", "label") or name == schema.POSITIONS or name in counts)
     ]  # fmt: skip
 
 

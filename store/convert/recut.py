@@ -33,7 +33,7 @@ def checked_shard(store: TeacherStore, plan: Plan, at: int) -> MappedShard:
     path = plain_file(store.shard_path(at))
     if path.stat().st_size != entry["bytes"] or file_sha256(path) != entry["sha256"]:
         raise StoreCorrupt(f"{path} is not what the dump wrote: see predistill verify {store.path}")
-    return check_structure(path, plan, shard.name, entry)
+    return check_structure(path, plan, shard, entry)
 
 
 def check_apart(output: Path, store: Path, name: str) -> None:

@@ -34,15 +34,10 @@ class RemoteStore(TeacherStore):
         self.url, self._address, self._place = clean(address), address, place
         self._user, self._fetching = CacheUser(cache), threading.Lock()
 
-    def mapped(self, shard: int) -> MappedShard:
-        if shard not in self._mapped:
-            with self._fetching:  # the prefetching thread, and the caller's
-                if shard not in self._mapped:
-                    entry = self.manifest["shards"][shard]
-                    wanted = self.shard_path(shard)
-                    path = self._user.shard(wanted, entry["bytes"], lambda path: self._fetch(shard, path))
-                    self._mapped[shard] = MappedShard(path)
-        return self._mapped[shard]
+    def _map(self, shard: int) -> MappedShard:
+        size = self.manifest["shards"][shard]["bytes"]
+        with self._fetching:  # the prefetching thread, and the caller's
+            return MappedShard(self._user.shard(self.shard_path(shard), size, lambda path: self._fetch(shard, path)))
 
     def close(self) -> None:
         super().close()

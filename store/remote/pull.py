@@ -16,6 +16,7 @@ from typing import Any
 
 from .. import index, manifest
 from ..atomic import out_of_space, write_text
+from ..card import licences_in, store_card
 from ..convert.recut import commit, shard_batch
 from ..errors import StoreCorrupt, StoreError, StoreMismatch
 from ..manifest import Plan, shard_path
@@ -25,7 +26,6 @@ from ..schema import ADDRESS_COLUMNS
 from ..shard import ShardPlan
 from ..verify import check_structure
 from ..writer import check_folder, take_lock
-from .card import store_card
 from .choice import chosen_fields, chosen_shards, partial_plan
 from .config import PullConfig
 from .elsewhere import Place, open_place
@@ -97,14 +97,13 @@ class _Pull:
 
     def begin(self, entries: Mapping[str, Any]) -> list[ShardPlan]:
         """The plan into the folder; the shards that are still to come. Raises StoreMismatch."""
-        if (self.folder / manifest.PLAN).exists():
-            if manifest.read_plan(self.folder).fingerprint != self.plan.fingerprint:
-                raise StoreMismatch(
-                    f"{self.folder} holds another store, or another part of this one, than the command takes: give "
-                    "another folder"
-                )
-        else:
-            manifest.write_json(self.folder / manifest.PLAN, self.plan.to_json())
+        there = manifest.read_plan(self.folder) if (self.folder / manifest.PLAN).exists() else self.plan
+        if there.fingerprint != self.plan.fingerprint:
+            raise StoreMismatch(
+                f"{self.folder} holds another store, or another part of this one, than the command takes: give "
+                "another folder"
+            )
+        manifest.write_json(self.folder / manifest.PLAN, self.plan.to_json())  # one that grows may have grown
         done = manifest.committed(self.folder, self.plan)
         if self.is_whole:  # of a part, the plan says which bytes it was made of
             done = {name: entry for name, entry in done.items() if entry["sha256"] == entries[name]["sha256"]}
@@ -158,7 +157,7 @@ class _Pull:
 
     def _checked(self, path: Path, plan: Plan, shard: ShardPlan, entry: Mapping[str, Any]) -> MappedShard:
         try:
-            return check_structure(path, plan, shard.name, entry)
+            return check_structure(path, plan, shard, entry)
         except StoreCorrupt:
             for file in (path, path.with_suffix(".json")):
                 file.unlink(missing_ok=True)
@@ -189,7 +188,7 @@ class _Pull:
         index.build(self.folder, made)
         card = read_card(self.place)
         if not self.is_whole:
-            card = store_card(self.folder, made, licences_of=card)
+            card = store_card(self.folder, made, licences_in(card))
         if card is not None:
             write_text(self.folder / manifest.CARD, card)
         made = manifest.sealed({**made, "files": manifest.described_files(self.folder)})

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import manifest
+from ..card import LICENCES, licences_in, store_card
 from ..convert.recut import plain_file
 from ..errors import ConfigError, StoreCorrupt, StoreError, StoreMismatch
 from ..identity import file_sha256
 from ..progress import bytes_bar
 from ..verify import verify
-from .card import licences_in, store_card
-from .config import LICENCES, PushConfig
+from .config import PushConfig
 from .elsewhere import FilePlace, HubPlace, Place, clean, is_url, open_place
 from .hub import push_to_hub
 from .transfer import CHUNK, at_once, read_card, read_remote_manifest
@@ -41,7 +41,7 @@ def push(config: PushConfig) -> dict[str, Any]:
     place = open_place(config.destination)
     licences = _licences(config, folder, place)
     files = _files(folder, made)
-    card = store_card(folder, made, source=place.url, **licences)
+    card = store_card(folder, made, licences, place.url)
     if isinstance(place, HubPlace):
         sent = push_to_hub(place, folder, made, files, card, config)
     else:

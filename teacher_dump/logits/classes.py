@@ -50,7 +50,7 @@ class Classes:
 
     def of(self, rows: pa.Table, split: str) -> np.ndarray:
         """Labels of these rows, missing ones where the split has no such column."""
-        known = self.column in rows.column_names
+        known, self.labels.settled = self.column in rows.column_names, True
         return self.labels.convert(rows.column(self.column), split) if known else self.labels.missing(len(rows))
 
     def fields(self, dtype: str) -> list[FieldSpec]:

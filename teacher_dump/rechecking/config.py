@@ -26,7 +26,13 @@ class RecheckConfig:
     sample: int = _setting(200, "Rows to run again, drawn from all.", unit="rows")
     seed: int = _setting(0, "Of which rows are drawn.")
     teacher_revision: str | None = _setting(None, "Commit, branch or tag of a Hub teacher.")
+    member: str | None = _setting(
+        None,
+        "Which teacher of an ensemble store it is: a name, or a number from 1. Default: the one that has its weights.",
+    )
     device: str = _setting(AUTO, "Where the teacher runs: auto, cpu, cuda, cuda:1, mps.")
+    device_map: str | None = _setting(None, "Spread the teacher over all devices, as predistill dump does.")
+    tp_plan: str | None = _setting(None, "auto: split it over the ranks of a torchrun, as predistill dump does.")
     trust_remote_code: bool = _setting(False, "Run Python code that comes with the teacher.")
 
     def __post_init__(self) -> None:

@@ -52,6 +52,7 @@ def config_of(store: TeacherStore, asked: RecheckConfig) -> DumpConfig:
         teacher=str(asked.teacher), dataset="stored", task=store.task, output_dir=str(store.path), dtype="float32",
         fields=kept or ["logits"], layers=_layers(said, kept), capture=list(said.get("capture", [])),
         attention_storage=EXACT if task.of_images else said.get(STORAGE, EXACT), device=asked.device,
+        device_map=asked.device_map, tp_plan=asked.tp_plan,
         teacher_revision=asked.teacher_revision, trust_remote_code=asked.trust_remote_code,
         teacher_dtype=dtype if dtype in _DTYPES else "auto", **own,
     )  # fmt: skip

@@ -45,6 +45,7 @@ class Labels:
         self.names = list(names) if names else None
         self.order = None if order is None else np.asarray(order, np.int64)
         self.hot = True  # lists of whole numbers: one 0/1 a class, until a row says that they are class ids
+        self.settled = False  # labels were made: what lists are does not change any more
 
     def missing(self, rows: int) -> np.ndarray:
         """Labels of rows that have none."""
@@ -55,7 +56,7 @@ class Labels:
 
     def check(self, column: pa.ChunkedArray, split: str, start: int) -> int:
         """Every label once. Returns how many rows have one. Raises DataError naming split, row and value."""
-        if self.problem_type == MULTI and self.hot:
+        if self.problem_type == MULTI and self.hot and not self.settled:
             self.hot = self._may_be_hot(_flat(column))
         values = self.convert(column, split, start)
         known = values != MISSING_LABEL if self.problem_type == SINGLE else ~np.isnan(values)

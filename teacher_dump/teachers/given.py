@@ -25,12 +25,13 @@ from ...store.schema import ATTENTION_MASK, INPUT_IDS, TOKEN_TYPES
 from ..config import AUTO, DumpConfig
 from ..tasks import TASKS
 from .teacher import TRANSIENT, Teacher, one_line, quiet_transformers, resolve_device
+from .tensor_parallel import SharedTeacher
 
 _SHAPES = {  # of logits; of others each token has some
     "AutoModelForSequenceClassification": "[B, C]", "AutoModelForImageClassification": "[B, C]",
     "AutoModelForSemanticSegmentation": "[B, C, h, w]",
 }  # fmt: skip
-_OF_LOADING = ("teacher_dtype", "attention", "device_map", "compile")  # settings of a teacher that is loaded
+_OF_LOADING = ("teacher_dtype", "attention", "device_map", "tp_plan", "compile")  # settings of a teacher that is loaded
 _PROBED = "a few words to see what a teacher makes of them"
 
 
@@ -40,7 +41,9 @@ def teacher_of(config: DumpConfig, model_class: str, model: nn.Module | None) ->
         from .images import GivenImageTeacher, ImageTeacher
 
         return ImageTeacher(config, model_class) if model is None else GivenImageTeacher(config, model_class, model)
-    return Teacher(config, model_class) if model is None else GivenTeacher(config, model_class, model)
+    if model is not None:
+        return GivenTeacher(config, model_class, model)
+    return Teacher(config, model_class) if config.tp_plan is None else SharedTeacher(config, model_class)
 
 
 @contextlib.contextmanager

@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from accelerate.utils import align_module_device
 from transformers.utils import logging
 
 from ...store.errors import ConfigError, PredistillError
+from ...store.head import head_module
 from ...store.identity import digest, tokenizer_sha256, weights_sha256
 from ..config import AUTO, DumpConfig
 
@@ -38,7 +41,7 @@ class Teacher:
         self.device = resolve_device(config.device)
         self.dtype = AUTO if config.teacher_dtype == AUTO else getattr(torch, config.teacher_dtype)
         self._model_class = getattr(transformers, model_class)
-        self._device_map, self._compile = config.device_map, config.compile
+        self._device_map, self._compile = _checked_map(config.device_map), config.compile
         self._attention = {} if config.attention == AUTO else {"attn_implementation": config.attention}
         with quiet_transformers(), one_line(config.teacher):
             self.config = transformers.AutoConfig.from_pretrained(self.where, **self._given())
@@ -49,8 +52,8 @@ class Teacher:
 
     def load(self) -> torch.nn.Module:
         """The model with its weights, on its device, ready to be run. Raises ConfigError where weights are missing."""
-        spread = {} if self._device_map is None else {"device_map": self._device_map}
         with quiet_transformers(), one_line(self.where):
+            spread = self._spread()
             model, loading = self._model_class.from_pretrained(
                 self.where, dtype=self.dtype, output_loading_info=True, **spread, **self._attention, **self._given()
             )
@@ -63,8 +66,7 @@ class Teacher:
         model.config.pad_token_id = self.pad_id
         model.config.get_text_config().use_cache = False  # keys and values of tokens that nothing will follow
         model = model.eval().requires_grad_(False)
-        if self._device_map is None:
-            model = model.to(self.device)
+        model = hold_head(model) if spread else model.to(self.device)
         if self._compile:
             model.base_model.compile()  # what follows it, a head or a classifier, is run in chunks or is small
         return model
@@ -140,6 +142,10 @@ class Teacher:
         self.tokenizer.save_pretrained(folder)
         return folder
 
+    def _spread(self) -> dict[str, Any]:
+        """How `from_pretrained` puts it on several devices; nothing where it runs on one."""
+        return {} if self._device_map is None else {"device_map": self._device_map}
+
     def _load_reader(self) -> None:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.where, **self._given())
 
@@ -196,6 +202,32 @@ def resolve_device(asked: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"--device {asked} cannot be used here ({reason}); try auto or cpu") from error
     return device
+
+
+def _checked_map(device_map: str | None) -> str | None:
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device_map is not None and ranks > 1:
+        raise ConfigError(
+            f"--device-map {device_map} spreads the teacher of one process over all devices, and torchrun started "
+            f"{ranks} processes here: start one, each with its own CUDA_VISIBLE_DEVICES, or give --tp-plan auto instead"
+        )
+    return device_map
+
+
+def hold_head(model: Any) -> Any:
+    """The same model; a head that accelerate has put aside, in memory or on disk, is brought to its device for good,
+    where it runs chunk by chunk after the others."""
+    head: Any = head_module(model)
+    if head is None or not any(one.is_meta for one in head.parameters()):
+        return model
+    device = head._hf_hook.execution_device
+    with align_module_device(head):
+        weights = {name: one.detach() for name, one in head.named_parameters()}
+    remove_hook_from_module(head)
+    for name, weight in weights.items():
+        setattr(head, name, torch.nn.Parameter(weight, requires_grad=False))
+    add_hook_to_module(head, AlignDevicesHook(device))
+    return model
 
 
 def check_dtype(dtype: Any, device: torch.device) -> None:
