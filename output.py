@@ -152,7 +152,8 @@ def _size(count: int | None) -> str:
 
 
 def _is_hash(key: str) -> bool:
-    return "sha256" in key and not key.startswith("first_")  # of the rows that a stream was planned by
+    """Of all of it: neither of a teacher's config, nor of the first rows, which a stream was planned by."""
+    return key == "commit" or ("sha256" in key and not key.startswith(("config_", "first_")))
 
 
 def _named(identity: Any) -> str | None:

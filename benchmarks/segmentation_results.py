@@ -30,7 +30,7 @@ from predistill.benchmarks.seeds import TRAINING, all_measured, arguments, seed_
 
 SIZE, DIGITS, CLASSES = 64, 4, 11
 SCENES = {"train": 1500, "test": 300}
-FEW, STEPS, BATCH, RATE = 60, 800, 16, 4e-3
+FEW, STEPS, BATCH, RATE = 60, 2400, 16, 4e-3
 TEACHER_STEPS, TEACHER_RATE = 2000, 3e-3  # at 1e-3 nothing but the background is learnt
 WIDE, SLIM = (32, 64), (12, 24)  # channels by stage
 ARMS = {"few": 0.0, "few + teacher": 0.9}  # alpha
