@@ -7,6 +7,7 @@ table that holds half-precision columns, so narrow tables are bound. `samples.pa
 from __future__ import annotations
 
 import bisect
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -251,7 +252,8 @@ class Index:
         of_split = "" if split is None else f" AND split = '{split}'"  # a plain file name: the manifest was checked
         query = f"SELECT sample_id FROM samples WHERE (\n{where}\n){of_split}"
         try:
-            found = self.connection.sql(query).fetchnumpy()["sample_id"].astype(np.int64, copy=False)
+            with self._for_once() as connection:
+                found = connection.sql(query).fetchnumpy()["sample_id"].astype(np.int64, copy=False)
         except duckdb.Error as error:
             raise ConfigError(f"where {where!r} is no SQL condition on samples: {_sentence(error)}") from error
         if (found[1:] <= found[:-1]).any():  # only of an index that was not made here
@@ -262,17 +264,28 @@ class Index:
         """(place, tokens) of the longest of some ascending sample_ids, the first of them; None where `samples` does not
         say it of all rows."""
         best, begin = (0, -1), 0
-        while begin < len(ids):
-            end = bisect.bisect_left(ids, ids[begin] + _SPAN)
-            first, last = int(ids[begin]), int(ids[end - 1])
-            query = f"SELECT num_tokens FROM samples WHERE sample_id BETWEEN {first} AND {last}"
-            found = self.connection.sql(query).fetchnumpy()["num_tokens"]
-            if len(found) != last - first + 1 or np.ma.is_masked(found):
-                return None
-            tokens = found if last - first == end - begin - 1 else found[np.asarray(ids[begin:end]) - first]
-            at = int(np.argmax(tokens))
-            best, begin = max(best, (begin + at, int(tokens[at])), key=lambda one: one[1]), end
+        with self._for_once() as connection:
+            while begin < len(ids):
+                end = bisect.bisect_left(ids, ids[begin] + _SPAN)
+                first, last = int(ids[begin]), int(ids[end - 1])
+                query = f"SELECT num_tokens FROM samples WHERE sample_id BETWEEN {first} AND {last}"
+                found = connection.sql(query).fetchnumpy()["num_tokens"]
+                if len(found) != last - first + 1 or np.ma.is_masked(found):
+                    return None
+                tokens = found if last - first == end - begin - 1 else found[np.asarray(ids[begin:end]) - first]
+                at = int(np.argmax(tokens))
+                best, begin = max(best, (begin + at, int(tokens[at])), key=lambda one: one[1]), end
         return best
+
+    @contextlib.contextmanager
+    def _for_once(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """The connection, closed again unless it was open: DuckDB keeps what it has read, 3.6 GB of a billion rows."""
+        opened = self._connection is None
+        try:
+            yield self.connection
+        finally:
+            if opened:
+                self.close()
 
     def __enter__(self) -> Index:
         return self
