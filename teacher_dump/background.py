@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -18,10 +18,16 @@ class Background:
 
     A job that fails ends it: its exception is raised by the next `put`, or by `close`. Left by an exception (Ctrl-C
     among them), the job that runs is finished and those that wait are dropped.
+
+    A signal's exception may come at any instruction. In the midst of threading.Condition, and so of queue.Queue, it can
+    cost the other thread a wake-up, and both then wait forever; SimpleQueue is one step, or none.
     """
 
     def __init__(self, waiting: int = 4):
-        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(waiting)
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._room: SimpleQueue[None] = SimpleQueue()  # an item for each job that may still be put
+        for _ in range(waiting):
+            self._room.put(None)
         self._failure: BaseException | None = None
         self._dropping = False
         self._thread = threading.Thread(target=self._work, name="predistill-writer", daemon=True)
@@ -29,21 +35,20 @@ class Background:
 
     def put(self, job: Callable[[], None]) -> None:
         self._raise()
+        self._room.get()
         self._jobs.put(job)
 
     def close(self) -> None:
         """Wait for what was put. Raises what a job raised; a second close does nothing."""
-        if self._thread.is_alive():
-            self._jobs.put(None)
-            self._thread.join()
+        self._jobs.put(None)
+        self._thread.join()
         self._raise()
 
     def drop(self) -> None:
         """Stop after the job that runs."""
         self._dropping = True
-        if self._thread.is_alive():
-            self._jobs.put(None)
-            self._thread.join()
+        self._jobs.put(None)
+        self._thread.join()
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -52,6 +57,7 @@ class Background:
                     job()
                 except BaseException as error:  # handed to the caller, KeyboardInterrupt too
                     self._failure = error
+            self._room.put(None)
 
     def _raise(self) -> None:
         if self._failure is not None:

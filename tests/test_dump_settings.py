@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +228,35 @@ def test_ahead_keeps_order_and_hands_failures_over() -> None:
     assert list(Ahead(lambda item: item * 2, [1, 2, 3])) == [(1, 2), (2, 4), (3, 6)]
     with pytest.raises(ZeroDivisionError):
         list(Ahead(lambda item: 1 // item, [1, 0, 1]))
+
+
+INTERRUPTED_AT_RANDOM = """
+import faulthandler, random, signal, time
+from predistill.teacher_dump.background import Background
+
+class Stopped(BaseException):
+    pass
+
+def stop(*_):
+    raise Stopped
+
+signal.signal(signal.SIGALRM, stop)
+faulthandler.dump_traceback_later(30, exit=True)
+rng, until = random.Random(0), time.monotonic() + 2
+while time.monotonic() < until:
+    try:
+        with Background() as background:
+            signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 2e-3))
+            for _ in range(400):
+                background.put(lambda: None)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except Stopped:
+        pass
+    signal.setitimer(signal.ITIMER_REAL, 0)
+"""
+
+
+def test_a_signal_at_any_moment_holds_up_nobody() -> None:
+    """Some thousand times: a writer whose wake-up was lost would wait, and be waited for, forever."""
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED_AT_RANDOM], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-2000:]
