@@ -25,6 +25,7 @@ from .schema import ARROW_TYPES, LOGITS, FieldSpec, entry_width, is_list, is_rag
 
 _BLOCK = 1 << 18  # values looked at together: 512 KB stay in the cache
 INT8_BLOCK = 128  # values that share a scale
+ROUNDING = 2.0**-22  # of a scale, its inverse, a level's place and the product, 2**-24 each, of the largest value
 
 STORED_AS = {"bfloat16": "uint16", "bool": "uint8"}  # numpy has no bfloat16
 LIMITS = {"float16": 65504.0, "bfloat16": 3.3895314e38, "float32": 3.4028235e38}
@@ -104,7 +105,7 @@ def int8_parts(spec: FieldSpec) -> tuple[Part, ...]:
 
 
 def int8_encode(values: np.ndarray, spec: FieldSpec) -> tuple[np.ndarray, ...]:
-    """Nearest of 255 levels symmetric about zero: |error| <= scale/2 = max|block| / 254."""
+    """Nearest of 255 levels symmetric about zero: |error| <= scale/2 = max|block| / 254, and ROUNDING of max|block|."""
     values = np.ascontiguousarray(values, dtype=np.float32)
     if not values.size:
         outer, blocks = (
@@ -148,7 +149,10 @@ def uint8_parts(spec: FieldSpec) -> tuple[Part, ...]:
 
 
 def uint8_encode(values: np.ndarray, spec: FieldSpec) -> tuple[np.ndarray, ...]:
-    """Nearest of 256 levels from zero down: |error| <= scale/2 = |least| / 510. Raises DataError above zero."""
+    """Nearest of 256 levels from zero down: |error| <= scale/2 = |least| / 510, and ROUNDING of |least|.
+
+    Raises DataError above zero.
+    """
     values = np.ascontiguousarray(values, dtype=np.float32)
     if not values.size:
         return values.astype(np.uint8), np.zeros(values.shape[:-1], np.float32)

@@ -6,12 +6,18 @@ import os
 import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and its children, ignore Ctrl-C
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch, here and in child processes: the models are tiny
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# The same examples in every run; others are looked for by hand: pytest --hypothesis-profile search
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("search", max_examples=5000, deadline=None)
+hypothesis.settings.load_profile("same")
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = (

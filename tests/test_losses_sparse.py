@@ -188,7 +188,7 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
 finite = st.floats(-1e4, 1e4, width=16)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(
     rows=st.lists(st.tuples(finite, finite), min_size=3, max_size=7),
     choice=st.tuples(st.sampled_from(LOSSES), st.sampled_from(TAILS), st.sampled_from([0.5, 1.0, 8.0])),
@@ -201,8 +201,10 @@ def test_extremes_stay_finite_and_agree_with_float64(rows: list, choice: tuple) 
     value = sparse_loss(term, student, SparseTargets(targets[0], targets[1].float(), targets[2].float()))
     assert torch.isfinite(value).all() and torch.isfinite(gradient(value, student)).all()
     wide = sparse_loss(term, student.detach().double(), targets)
-    size = 1.0 + max(abs(v) for row in rows for v in row) * temperature
-    torch.testing.assert_close(value.detach().double(), wide, rtol=1e-5, atol=1e-5 * size)
+    largest = max(abs(v) for row in rows for v in row)
+    shares = 2.0**-22 * largest**2  # the student's log q is rounded as its logits are, and weighs log-ratios as large
+    size = 1.0 + largest * temperature
+    torch.testing.assert_close(value.detach().double(), wide, rtol=1e-5, atol=1e-5 * size + shares)
 
 
 # --- targets ---

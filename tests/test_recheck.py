@@ -19,12 +19,14 @@ import torch
 from dump_cases import bert
 from import_cases import lines, vllm_row
 from language_cases import byte_level, llama, saved
-from predistill.store import ConfigError, StoreMismatch, TeacherStore
+from predistill.store import ConfigError, FieldSpec, StoreMismatch, TeacherStore
+from predistill.store.codecs import codec_of
 from predistill.store.verify import verify
 from predistill.teacher_dump.dump import dump
 from predistill.teacher_dump.import_outputs import import_outputs
 from predistill.teacher_dump.importing.config import ImportConfig
 from predistill.teacher_dump.recheck import recheck, rechecked
+from predistill.teacher_dump.rechecking.compare import compare
 from predistill.teacher_dump.rechecking.config import RecheckConfig
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSequenceClassification
 
@@ -240,6 +242,18 @@ def test_teachers_that_cannot_be_run_on_it(tiny_tokenizer_dir: Path, language_te
     for given, message in wrong:
         with pytest.raises(ConfigError, match=message):
             RecheckConfig(**{"teacher": str(small), **given})
+
+
+@pytest.mark.parametrize("codec", ["int8", "uint8"])
+def test_a_value_between_two_levels_is_within_its_bound(codec: str) -> None:
+    """Half a level away, and float32's rounding of the level more: of a teacher that says exactly the same."""
+    levels = 127 if codec == "int8" else 255
+    now = -np.stack([np.array([top * (level + 0.5) / levels, top]) for level in range(levels) for top in (1e4, 3e-7)])
+    now = now.astype(np.float32)
+    spec = FieldSpec("teacher_hidden_states_01", (2,), "float32", codec=codec)
+    stored = codec_of(spec).decode(codec_of(spec).encode(now, spec), spec)
+    away, bounds = compare(spec, stored, now, noise=0)
+    assert 0.999 < (away / bounds).max() <= 1
 
 
 def test_the_command(tiny_tokenizer_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...store import FieldSpec, schema
-from ...store.codecs import codec_of
+from ...store.codecs import ROUNDING, codec_of
 from ...store.images.pixels import PIXEL_HASH
 
 UNITS, UNITS_OF_HALF = 64, 16  # in the last place, of the largest value of a batch: float32; float16 and bfloat16
@@ -80,9 +80,10 @@ def half_step(spec: FieldSpec, stored: np.ndarray, now: np.ndarray) -> np.ndarra
         return np.maximum(np.abs(now) * 2.0 ** -_BITS.get(spec.dtype, 24), least)
     if spec.codec == "uint8":  # a scale a position, by its least
         least = np.where(stored > _NO_LOGIT, stored, 0).min(axis=-1, keepdims=True)
-        return np.broadcast_to(np.maximum(-least / 510, 2.0**-149), now.shape) * (1 + 1e-5)
+        return np.broadcast_to(np.maximum(-least * (1 / 510 + ROUNDING), 2.0**-149), now.shape)
     levels, scales = codec_of(spec).encode(now, spec)
-    return np.abs(codec_of(spec).decode([np.ones_like(levels), scales], spec)).astype(np.float64) / 2 * (1 + 1e-5)
+    level = np.abs(codec_of(spec).decode([np.ones_like(levels), scales], spec)).astype(np.float64)
+    return level * (1 / 2 + 127 * ROUNDING)
 
 
 def noise_of(dtype: Any, peak: float) -> float:
