@@ -1,9 +1,10 @@
 """Losses of the inside, one after another: the gradient of each is taken at once, and that alone is kept.
 
 What a loss saves for its backward pass is as wide as the teacher and, for attention, as large as H S². Taken together
-with the student's own pass, all of that is held for all layers at the same time. Here each pair of layers has a graph
-of its own, from the student's tensors (detached) to the loss, which is gone before the next; backward through the
-student then begins with the gradients that were kept, each the size of a tensor of the student.
+with the student's own pass, all of that is held for all layers at the same time. Here each pair of layers, and of it a
+few rows at a time, has a graph of its own, from the student's tensors (detached) to the loss, which is gone before the
+next; backward through the student then begins with the gradients that were kept, each the size of a tensor of the
+student.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .pieces import Piece
+
 
 class Leaves(Mapping[Any, Tensor]):
-    """The student's tensors, detached: what one loss is computed from. Half precision becomes float32, since gradients
-    of a mean over many tokens are small."""
+    """A piece of the student's tensors, detached: what one loss is computed from. Half precision becomes float32, since
+    gradients of a mean over many tokens are small."""
 
-    def __init__(self, found: Mapping[Any, Tensor]) -> None:
-        self._found, self.used = found, dict[Any, Tensor]()
+    def __init__(self, found: Mapping[Any, Tensor], piece: Piece) -> None:
+        self._found, self.piece, self.used = found, piece, dict[Any, Tensor]()
 
     def __getitem__(self, key: Any) -> Tensor:
         if key not in self.used:
             value = self._found[key]
-            leaf = value.detach().to(torch.promote_types(value.dtype, torch.float32))
+            leaf = self.piece.of(value.detach(), token_axes(key)).to(torch.promote_types(value.dtype, torch.float32))
             self.used[key] = leaf.requires_grad_(value.requires_grad)
         return self.used[key]
 
@@ -46,8 +49,8 @@ class Learnt:
         self._found, self._weights = found, list(weights)
         self._gradients: dict[Any, Tensor] = {}
 
-    def leaves(self) -> Leaves:
-        return Leaves(self._found)
+    def leaves(self, piece: Piece) -> Leaves:
+        return Leaves(self._found, piece)
 
     def learn(self, loss: Tensor, leaves: Leaves) -> None:
         """loss: scalar, weighted as it is in the whole."""
@@ -57,9 +60,15 @@ class Learnt:
             return
         gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
         for key, gradient in zip(named, gradients, strict=True):
-            if gradient is not None:
-                before = self._gradients.get(key)
-                self._gradients[key] = gradient if before is None else before + gradient
+            if gradient is None:
+                continue
+            if key not in self._gradients:
+                whole = self._weights[key] if isinstance(key, int) else self._found[key]
+                self._gradients[key] = gradient.new_zeros(whole.shape)
+            if isinstance(key, int):
+                self._gradients[key] += gradient
+            else:
+                leaves.piece.add(self._gradients[key], gradient, token_axes(key))
 
     def total(self, value: Tensor) -> Tensor:
         """`value`, a scalar without a graph, whose backward pass hands on the gradients."""
@@ -67,15 +76,24 @@ class Learnt:
         return _Injected.apply(value, len(tensors), *tensors, *self._gradients.values())
 
 
+def token_axes(key: tuple[str, Any]) -> tuple[int, ...]:
+    """Of a tensor of the student, those that are tokens; key: (kind, layer)."""
+    if key[0] in ("attentions", "attention_scores"):
+        return 2, 3
+    return (1,) if key[0] in ("hidden_states", "queries", "keys", "values") else ()
+
+
 class _Injected(torch.autograd.Function):
-    """(value, n, n tensors, their n gradients) -> value."""
+    """(value, n, n tensors, their n gradients) -> value. The gradients are its own; backward, once, scales them."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, count: int, *both: Tensor) -> Tensor:
-        ctx.dtypes, ctx.gradients = [one.dtype for one in both[:count]], both[count:]
+        ctx.dtypes, ctx.gradients = [one.dtype for one in both[:count]], list(both[count:])
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        given = [(one * upstream).to(dtype) for one, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)]
+        if len(ctx.gradients) < len(ctx.dtypes):
+            raise RuntimeError("losses of the inside go backward once: compute the loss again")
+        given = [ctx.gradients.pop(0).mul_(upstream).to(dtype) for dtype in ctx.dtypes]
         return None, None, *given, *(None for _ in given)

@@ -26,10 +26,12 @@ from .inner_teacher import MODULE, Sides, TeacherInside
 from .inner_terms import Comparison, compare, kinds_of, stored_for
 from .losses.terms import Term
 from .objective import Batch, Evaluated, Objective, Step, coefficients, term_names
+from .pieces import Pieces
 from .projections import Projections, attach_projections
 from .stored import StoredBatch
 
 _BY_TOKEN = ("hidden_states", "queries", "keys", "values", MODULE)  # kinds whose second axis is S, with tokens
+PIECE = (1 << 17, 1 << 22)  # numbers in a loss's tensor at a time: on a CPU, for its cache; on a GPU, for few kernels
 _OF_ATTENTION = {"attentions", "attention_scores", "queries", "keys", "values"}
 
 
@@ -129,15 +131,20 @@ class InnerObjective(Objective):
         return Step(loss + taught, torch.cat([sums.to(inner), inner]), outputs)
 
     def _learn(self, batch: Batch, found: Mapping[Any, Tensor], each: Tensor) -> tuple[Tensor, Tensor]:
-        """(scalar with its graph, [comparisons] without): one pair of layers after another."""
+        """(scalar with its graph, [comparisons] without): one pair of layers after another, a few rows at a time."""
         learnt, sums = Learnt(found, [] if self._projections is None else list(self._projections.parameters())), []
+        whole = Sides(batch, self.teacher)
+        batch_pieces = Pieces(whole.mask, whole.rows, whole.device)
+        most = PIECE[whole.device.type != "cpu"]
         for one, coefficient in zip(self.comparisons, each, strict=True):
             parts = []
             for entry in one.entries:
-                leaves = learnt.leaves()
-                part = one.part(Sides(batch, self.teacher, leaves, self._projections, self._attention), entry)
-                learnt.learn(coefficient * part, leaves)
-                parts.append(part.detach())
+                for piece in batch_pieces.of(one.row_size, most):
+                    leaves = learnt.leaves(piece)
+                    sides = Sides(batch, self.teacher, leaves, self._projections, self._attention, piece)
+                    part = one.part(sides, entry)
+                    learnt.learn(coefficient * part, leaves)
+                    parts.append(part.detach())
             sums.append(torch.stack(parts).sum())
         inner = torch.stack(sums)
         return learnt.total((each * inner).sum()), inner

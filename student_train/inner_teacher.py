@@ -21,6 +21,7 @@ from ..store.images.pixels import PIXEL_VALUES
 from ..store.schema import ATTENTION_MASK, POSITION_IDS, FieldSpec, layer_column, symbols
 from .layers import Pairs, layer_map, stored_columns
 from .objective import Batch
+from .pieces import WHOLE, Piece
 from .projections import Projections
 from .stored import StoredBatch
 
@@ -159,26 +160,23 @@ class Sides:
 
     found: what was recorded of the student, by (kind, layer), its first rows those of the batch. projections: of the
     student's hidden states. attention: settings of those layers of the student whose attention is computed here, of
-    queries and keys that were recorded.
+    queries and keys that were recorded. piece: of the batch, what it is all about; `found` is of that piece alone.
     """
 
     def __init__(
         self, batch: Batch, teacher: TeacherInside, found: Mapping[Any, Tensor] | None = None,
         projections: Projections | None = None, attention: Mapping[int, AttentionSettings] | None = None,
+        piece: Piece = WHOLE,
     ) -> None:  # fmt: skip
         if ATTENTION_MASK not in batch and PIXEL_VALUES not in batch:
             raise ConfigError("losses of what is inside a model need attention_mask, which these rows do not have")
-        self._batch = StoredBatch(batch, teacher.specs)
+        self._batch = StoredBatch(batch, teacher.specs, piece)
         self._teacher, self._projections = teacher, projections
         self._found, self._attention = {} if found is None else found, attention or {}
-        self.mask = batch[ATTENTION_MASK].bool() if ATTENTION_MASK in batch else None  # [B, S]; None: all count
-        self._some = batch[PIXEL_VALUES] if self.mask is None else self.mask
-        self.rows = len(self._some)
+        self.mask = self._batch[ATTENTION_MASK].bool() if ATTENTION_MASK in batch else None  # [B, S]; None: all count
+        some = batch[PIXEL_VALUES] if self.mask is None else self.mask
+        self.rows, self.device = len(some) if piece.rows is None else len(piece.rows), some.device
         self._visible: dict[tuple[Any, ...], Tensor] = {}
-
-    @property
-    def device(self) -> torch.device:
-        return self._some.device
 
     def visible(self, layer: int) -> Tensor:
         """bool [B, 1, S, S]: the keys that each query of the teacher's attention `layer` sees."""
@@ -197,7 +195,7 @@ class Sides:
         if positions is None:
             assert self.mask is not None
             return self.mask
-        return torch.ones(self.rows, positions, dtype=torch.bool, device=self._some.device)
+        return torch.ones(self.rows, positions, dtype=torch.bool, device=self.device)
 
     def teacher(self, kind: str, layer: int | str, grid: tuple[int, int] | None = None) -> Tensor:
         visible = self.visible(int(layer)) if kind in _OF_QUERIES else None

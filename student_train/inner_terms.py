@@ -115,6 +115,22 @@ class Comparison(ABC):
         part = self.values(sides, entry).sum()
         return part * len(self.entries) if self.term.options.get("over_layers") == "sum" else part
 
+    def row_size(self, tokens: int) -> int:
+        """Numbers in the largest tensor that the loss makes of a row; 0 where rows are compared with each other."""
+        return 0
+
+    @property
+    def _width(self) -> int:
+        """Of hidden states, or heads: the most of both sides."""
+        kind = self.kinds[0]
+        both = [(self.student.shapes[kind, own], self.teacher.shape(kind, theirs)) for own, theirs in self.pairs]
+        return max(shape[0] for shapes in both for shape in shapes)
+
+    @property
+    def _positions(self) -> int | None:
+        """Of every row of images."""
+        return self.teacher.positions(self.kinds[0], self.pairs[0][1])
+
     def count(self, sides: Sides) -> Tensor:
         """int64 scalar: how many values that are; the mean over entries is `total` over `count`."""
         return torch.stack([self.units(sides, entry) for entry in self.entries]).sum()
@@ -131,6 +147,9 @@ class HiddenStates(Comparison):
     """Token by token."""
 
     functions: dict[str, Callable[..., Tensor]] = {"mse": hidden.mse, "cosine": hidden.cosine, "pkd": hidden.pkd}
+
+    def row_size(self, tokens: int) -> int:
+        return self._width * (self._positions or tokens)
 
     def values(self, sides: Sides, entry: tuple[int, int]) -> Tensor:
         grid = self.grid(entry)
@@ -161,6 +180,9 @@ class Attentions(Comparison):
         own, theirs = sides.student(self.kinds[0], entry[0]), sides.teacher(self.kinds[0], entry[1])
         return self.functions[self.term.loss](own, theirs, sides.visible(entry[1]), heads=self.heads)
 
+    def row_size(self, tokens: int) -> int:
+        return self._width * (self._positions or tokens) ** 2
+
     def units(self, sides: Sides, entry: tuple[int, int]) -> Tensor:
         return sides.visible(entry[1]).sum() if self.term.spec.unit == "pair" else self.tokens(sides, entry).sum()
 
@@ -180,6 +202,10 @@ class TokenRelations(Comparison):
             seen, mask = sides.visible(theirs), sides.counting(self.teacher.positions(self.kinds[0], theirs))
             found.append(relations.minilm(own_left, own_right, left, right, mask, heads=heads, visible=seen))
         return torch.stack(found).sum(0)
+
+
+    def row_size(self, tokens: int) -> int:
+        return (self.term.options["relation_heads"] or self._width) * (self._positions or tokens) ** 2
 
 
 class RowRelations(Comparison):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from inner_cases import ROWS, batch_of, bert, gap, objective_of, padded, stepped, write_inside
 from predistill.store import TeacherStore
+from predistill.student_train import inner
 from predistill.student_train.losses.terms import Term
 
 
@@ -153,8 +154,10 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("most", [1, 400, 1 << 30], ids=["a row at a time", "a few rows", "whole"])
 @pytest.mark.parametrize("case", CASES)
-def test_offline_equals_online(store, teacher, case):
+def test_offline_equals_online(store, teacher, case, most, monkeypatch):
+    monkeypatch.setattr(inner, "PIECE", (most, most))
     shape, term, formula = CASES[case]
     student, outer = bert(0, *shape), [Term("labels", weight=0.3), Term("logits", "kl", 0.7, 2.0)]
     objective = objective_of(store, student, [term], outer)
