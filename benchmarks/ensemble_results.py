@@ -91,7 +91,7 @@ def best() -> int:
 
 def teachers() -> None:
     """Teachers and averages, without any student."""
-    from predistill.student_train.ensemble import combined, confidence_weights, fixed_weights, learned_weights
+    from predistill.student_train.ensembles.formulas import combined, confidence_weights, fixed_weights, learned_weights
 
     (tune, tune_labels), (logits, labels) = stored("tune"), stored("validation")
     rows: list[list[object]] = [

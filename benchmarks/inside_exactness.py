@@ -26,7 +26,7 @@ from predistill.store import FieldSpec, TeacherStore
 from predistill.store.activations import Sites
 from predistill.store.schema import layer_column
 from predistill.student_train.collator import DataCollatorForDistillation
-from predistill.student_train.inner import InnerObjective
+from predistill.student_train.inside.objective import InnerObjective
 from predistill.student_train.losses.catalogue import INNER_LOSSES
 from predistill.student_train.losses.terms import Term
 from predistill.student_train.tasks import task_of

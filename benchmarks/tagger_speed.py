@@ -18,7 +18,7 @@ from predistill.benchmarks.measure import options, ratio, table
 from predistill.benchmarks.tagger_results import teacher
 from predistill.benchmarks.tagger_teacher import NAMES, read_rows
 from predistill.student_train.bilstm_cnn import BiLstmCnnConfig, BiLstmCnnForTokenClassification
-from predistill.student_train.words import WordTokenizer
+from predistill.student_train.words.vocabulary import WordTokenizer
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 Rows = list[list[str]]

@@ -25,7 +25,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import TokenClassifierOutput
 
 from .settings import BILSTM_CNN
-from .words import PAD, UNKNOWN, WordTokenizer
+from .words.vocabulary import PAD, UNKNOWN, WordTokenizer
 
 
 class BiLstmCnnConfig(PretrainedConfig):

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..store.reader import TeacherRows
-from .pixel_rows import PixelRows
+from .images.rows import PixelRows
 from .sampler import EvaluationBatchSampler, TrainBatchSampler
 
 

@@ -56,7 +56,7 @@ class Objective(ABC):
     """What a batch costs a student.
 
     terms: weighted terms; those of weight 0 are left out, and their columns are not read. None at all is allowed: such
-    an objective runs the student for another that has terms of its own (inner.py), and its loss is 0.
+    an objective runs the student for another that has terms of its own (inside/objective.py), and its loss is 0.
     Raises ConfigError where each has weight 0.
     """
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..store.errors import ConfigError
-from .ensemble_settings import EnsembleSettings
+from .ensembles.settings import EnsembleSettings
 from .losses.presets import PRESETS, Stage
 from .losses.terms import Term, mapped, mixture, parse_losses
 

@@ -1,7 +1,7 @@
 """Students that FSDP or DeepSpeed cut apart over ranks: what of ours needs a weight whole, and what cannot be.
 
-The Trainer cuts and saves. Ours are the projections (projections.py), which are no part of a saved student, and the
-look at a student from which its layers are found (inner.py), before it is cut.
+The Trainer cuts and saves. Ours are the projections (inside/projections.py), which are no part of a saved student, and
+the look at a student from which its layers are found (inside/rehearsal.py), before it is cut.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from ..store.errors import ConfigError, StoreMismatch
 from ..store.identity import canonical, short
 from ..store.reader import TeacherStore
 from .dataset import ConcatRows, longest, readable
-from .ensemble_join import Ensemble, joined
+from .ensembles.join import Ensemble, joined
 from .objective import Objective
 from .settings import TrainConfig
 from .students import Student

@@ -46,7 +46,7 @@ def build_student(config: TrainConfig, store: Any) -> Student:
     """
     task = task_of(store)
     if reads_words(config):
-        from .word_students import word_student
+        from .words.students import word_student
 
         student = Student(*word_student(config, task), str(config.student or config.student_config), retokenize=True)
     elif config.student_vectors is not None:

@@ -20,14 +20,14 @@ from .card import CARD, METRICS, PROVENANCE, model_card, provenance, write_json
 from .collator import DataCollatorForDistillation
 from .config import DistillationConfig
 from .dataset import first_row
-from .ensemble_join import Ensemble
-from .ensemble_scores import judged, learn
+from .ensembles.join import Ensemble
+from .ensembles.scores import judged, learn
 from .folder import check_same_run, is_main_process, prepare_folder, stage_folder
+from .inside.projections import attach_projections
 from .losses.presets import Stage
 from .losses.terms import Term
 from .objective import Objective, accepted_inputs
 from .progress import quiet_stdout, say, show_progress
-from .projections import attach_projections
 from .settings import DistillationSettings, TrainConfig
 from .sharded import check_installed, check_ranks, check_whole
 from .stores import evaluation_split, open_stores, select, together

@@ -26,8 +26,8 @@ from .collator import DataCollatorForDistillation
 from .config import DistillationConfig
 from .dataset import StoreDataLoader, by_length, first_row, gather_real, is_store_rows, narrowed
 from .folder import STATE, last_checkpoint
+from .inside.projections import attach_projections, load_projections, projections_of, save_projections
 from .objective import NEVER_GIVEN, Objective, Totals, accepted_inputs
-from .projections import attach_projections, load_projections, projections_of, save_projections
 from .sampler import EvaluationBatchSampler, TrainBatchSampler, memory_bytes, window_of
 from .sharded import check_plugins, check_whole, saved_whole, spare_embeddings
 from .tasks import default_objective

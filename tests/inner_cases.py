@@ -11,7 +11,7 @@ import torch
 from classification_store import random_rows
 from predistill.store import FieldSpec, Plan, ShardPlan, StoreWriter, TeacherStore, content_hash
 from predistill.store.activations import Sites
-from predistill.student_train.inner import InnerObjective
+from predistill.student_train.inside.objective import InnerObjective
 from predistill.student_train.tasks import task_of
 from transformers import BertConfig, BertForSequenceClassification
 

@@ -14,14 +14,14 @@ from classification_store import random_rows, write_store
 from predistill.store import TeacherStore
 from predistill.store.addresses import addresses, compared
 from predistill.student_train.collator import DataCollatorForDistillation
-from predistill.student_train.ensemble import (
+from predistill.student_train.ensembles.formulas import (
     combined,
     confidence_weights,
     fixed_weights,
     learned_weights,
     negative_log_likelihood,
 )
-from predistill.student_train.ensemble_rows import CONFIDENCE, Combination, EnsembleRows, Member, shared
+from predistill.student_train.ensembles.rows import CONFIDENCE, Combination, EnsembleRows, Member, shared
 from predistill.student_train.losses.catalogue import MULTI_LABEL, REGRESSION
 from predistill.student_train.losses.terms import Term
 from predistill.student_train.tasks import task_of

@@ -16,7 +16,7 @@ from language_store import write_store as write_language
 from predistill.store import TeacherStore
 from predistill.store.errors import ConfigError, StoreMismatch
 from predistill.student_train.config import DistillationConfig
-from predistill.student_train.ensemble_join import Ensemble, joined
+from predistill.student_train.ensembles.join import Ensemble, joined
 from predistill.student_train.losses.terms import Term
 from predistill.student_train.settings import TrainConfig
 from predistill.student_train.stores import select

@@ -12,9 +12,9 @@ from image_store import CLASSES, SIDE, convnet, pictures, write_images
 from predistill.store import TeacherStore
 from predistill.store.errors import ConfigError
 from predistill.student_train.dataset import narrowed
-from predistill.student_train.inner import InnerObjective
+from predistill.student_train.inside.objective import InnerObjective
+from predistill.student_train.inside.projections import projections_of
 from predistill.student_train.losses.terms import Term, parse_loss
-from predistill.student_train.projections import projections_of
 from predistill.student_train.tasks import task_of
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification

@@ -22,7 +22,7 @@ from predistill.store.images.files import Files
 from predistill.store.images.views import VIEW_FIELDS
 from predistill.student_train.config import DistillationConfig
 from predistill.student_train.dataset import ConcatRows, is_store_rows, narrowed, readable
-from predistill.student_train.pixel_rows import PixelRows
+from predistill.student_train.images.rows import PixelRows
 from predistill.student_train.train import train
 from predistill.student_train.trainer import DistillationTrainer
 from torch import nn

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from inner_cases import INPUTS, ROWS, VOCABULARY, batch_of, bert, gap, objective_of, padded, stepped, write_inside
 from predistill.store import TeacherStore
 from predistill.store.errors import ConfigError
-from predistill.student_train.inner import InnerObjective
+from predistill.student_train.inside.objective import InnerObjective
+from predistill.student_train.inside.projections import projections_of
 from predistill.student_train.losses.terms import Term
-from predistill.student_train.projections import projections_of
 from predistill.student_train.tasks import task_of
 from torch import nn
 from transformers import AlbertConfig, AlbertForSequenceClassification

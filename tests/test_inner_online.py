@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from inner_cases import ROWS, batch_of, bert, gap, objective_of, padded, stepped, write_inside
 from predistill.store import TeacherStore
-from predistill.student_train import inner
+from predistill.student_train.inside import objective as inner
 from predistill.student_train.losses.terms import Term
 
 

@@ -12,9 +12,9 @@ from inner_cases import VOCABULARY, bert, write_inside
 from predistill.store import TeacherStore
 from predistill.store.errors import ConfigError
 from predistill.student_train.config import DistillationConfig
-from predistill.student_train.inner import InnerObjective
+from predistill.student_train.inside.objective import InnerObjective
+from predistill.student_train.inside.projections import FILE, projections_of
 from predistill.student_train.losses.terms import Term
-from predistill.student_train.projections import FILE, projections_of
 from predistill.student_train.tasks import task_of
 from predistill.student_train.trainer import DistillationTrainer
 from transformers import (

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from language_store import MISSING, random_rows, write_store
 from predistill.store.errors import ConfigError
-from predistill.student_train import token_losses
 from predistill.student_train.collator import DataCollatorForDistillation
-from predistill.student_train.language import LanguageObjective, positions
+from predistill.student_train.language import losses as token_losses
+from predistill.student_train.language.objective import LanguageObjective, positions
 from predistill.student_train.losses.terms import Term
 from predistill.student_train.settings import DistillationSettings
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from inner_cases import ROWS, bert, gap, objective_of, stepped, write_inside
-from predistill.student_train import inner
 from predistill.student_train.collator import DataCollatorForDistillation
+from predistill.student_train.inside import objective as inner
+from predistill.student_train.inside.pieces import WHOLE, Piece, Pieces
 from predistill.student_train.losses.terms import Term
-from predistill.student_train.pieces import WHOLE, Pieces
 
 SPANS = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)).map(sorted), min_size=1, max_size=12)
 
@@ -42,13 +42,18 @@ def test_a_batch_that_fits_is_whole() -> None:
     mask = masks([[0, 8], [0, 2]])
     assert list(Pieces(mask, 2, mask.device).of(lambda tokens: tokens, 16)) == [WHOLE]
     assert list(Pieces(mask, 2, mask.device).of(lambda tokens: 0, 0)) == [WHOLE], "rows that are compared"
-    long, short = Pieces(mask, 2, mask.device).of(lambda tokens: tokens, 15)
-    assert (long.rows.tolist(), long.tokens, short.rows.tolist(), short.tokens) == ([0], (0, 8), [1], (0, 2))
+    found = Pieces(mask, 2, mask.device).of(lambda tokens: tokens, 15)
+    assert [(_rows(piece), piece.tokens) for piece in found] == [([0], (0, 8)), ([1], (0, 2))]
+
+
+def _rows(piece: Piece) -> list[int]:
+    assert piece.rows is not None
+    return piece.rows.tolist()
 
 
 def test_images_have_no_tokens_to_leave_out() -> None:
     found = list(Pieces(None, 5, torch.device("cpu")).of(lambda tokens: 49, 100))
-    assert [piece.rows.tolist() for piece in found] == [[0, 1], [2, 3], [4]]
+    assert [_rows(piece) for piece in found] == [[0, 1], [2, 3], [4]]
     assert found[0].of(torch.arange(30).view(5, 6), (1,)).tolist() == torch.arange(12).view(2, 6).tolist()
 
 
@@ -91,7 +96,7 @@ def _turned(value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def test_the_gradient_is_handed_on_once():
     """It is scaled where it lies."""
-    from predistill.student_train.injected import Learnt
+    from predistill.student_train.inside.gradients import Learnt
 
     weight = torch.ones(3, requires_grad=True)
     found = {("hidden_states", 0): weight * 2}

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from predistill.store.errors import ConfigError, StoreMismatch
-from predistill.student_train.projections import (
+from predistill.student_train.inside.projections import (
     LinearMap,
     Projections,
     attach_projections,

@@ -10,7 +10,7 @@ import torch
 from inner_cases import VOCABULARY, write_inside
 from predistill.student_train.collator import DataCollatorForDistillation
 from predistill.student_train.dataset import ConcatRows, narrowed
-from predistill.student_train.stored import StoredBatch
+from predistill.student_train.inside.stored import StoredBatch
 from transformers import BertConfig, BertForSequenceClassification
 
 COLUMNS = ["teacher_hidden_states_01", "teacher_attentions_00", "teacher_queries_01"]

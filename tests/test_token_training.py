@@ -22,8 +22,8 @@ from predistill.student_train.losses.terms import Term
 from predistill.student_train.metrics import tag_scores
 from predistill.student_train.tasks import task_of
 from predistill.student_train.train import train
-from predistill.student_train.word_rows import word_rows
-from predistill.student_train.words import WordTokenizer, read_vectors
+from predistill.student_train.words.rows import word_rows
+from predistill.student_train.words.vocabulary import WordTokenizer, read_vectors
 from predistill.teacher_dump.dump import dump
 from token_cases import NAMES, firsts, online, sentences, settings, tagger
 from transformers import AutoModelForTokenClassification, AutoTokenizer, pipeline
@@ -338,7 +338,7 @@ def test_what_is_refused(store: TeacherStore, student: Path, teacher: Path, smal
     with pytest.raises(ConfigError, match="no rows of split train that the loss can learn from"):
         run(store, tmp_path / "x", student=str(student), alpha=0.0, where="teacher_loss IS NULL")
     from predistill.student_train.settings import TrainConfig
-    from predistill.student_train.word_students import word_student
+    from predistill.student_train.words.students import word_student
 
     chosen = TrainConfig(stores=["stores/texts"], student="bilstm-cnn", output_dir="x")
     with pytest.raises(ConfigError, match="bilstm-cnn tags words, and stores/texts is for another task"):

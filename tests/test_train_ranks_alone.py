@@ -17,7 +17,7 @@ from inner_cases import bert, write_inside
 from predistill.store import TeacherStore
 from predistill.store.errors import ConfigError
 from predistill.student_train.config import DistillationConfig
-from predistill.student_train.projections import projections_of
+from predistill.student_train.inside.projections import projections_of
 from predistill.student_train.sampler import TrainBatchSampler
 from predistill.student_train.sharded import check_plugins, check_whole, spare_embeddings
 from predistill.student_train.train import leave_group, train

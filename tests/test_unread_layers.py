@@ -22,7 +22,7 @@ import pytest
 from inner_cases import bert
 from predistill.store import FieldSpec, Plan, ShardPlan, StoreWriter, TeacherStore
 from predistill.student_train.config import DistillationConfig
-from predistill.student_train.inner import InnerObjective
+from predistill.student_train.inside.objective import InnerObjective
 from predistill.student_train.losses.terms import Term
 from predistill.student_train.tasks import task_of
 from predistill.student_train.trainer import DistillationTrainer

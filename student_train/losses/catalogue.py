@@ -1,7 +1,7 @@
 """Every loss that a run may ask for: its formula, the heads it suits, its options.
 
 No torch here: settings and the command line read this file. Logits losses are computed by `rows.LOGIT_FUNCTIONS`,
-losses of what is inside the models by `student_train/inner.py`, under the same names.
+losses of what is inside the models by `student_train/inside/`, under the same names.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def make_objective(
     inner = [term for term in terms if term.name in INNER]
     if not inner:
         return outer(terms)
-    from ..inner import InnerObjective
+    from ..inside.objective import InnerObjective
 
     return InnerObjective(outer([term for term in terms if term.name not in INNER]), inner, columns, seed=seed)
 
@@ -126,7 +126,7 @@ def default_objective(
     student: Any = model
     student = student.get_base_model() if hasattr(student, "get_base_model") else student  # of PEFT's
     if type(student).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        from ..language import LanguageObjective
+        from ..language.objective import LanguageObjective
         from .causal_lm import CausalLM
 
         columns = dict.fromkeys(names)

@@ -10,10 +10,10 @@ from torch import nn
 
 from ...store.errors import ConfigError, StoreMismatch
 from ...store.schema import INPUT_IDS, LOGITS, LOGSUMEXP, POSITION_IDS
-from ..language import LanguageObjective
+from ..language.losses import packed
+from ..language.objective import LanguageObjective
 from ..losses.terms import Term
 from ..objective import Objective, logits_of
-from ..token_losses import packed
 from ..tokens import check_positions, position_limit, tokenizer_difference
 
 _SAME = 1e-3  # of the largest logit: what rounding may do between two forwards in float32

@@ -11,9 +11,9 @@ from torch import nn
 from ...store.errors import ConfigError, DataError
 from ...store.images.pixels import PIXEL_HASH, PIXEL_VALUES, Processing
 from ...store.probe import evaluating
+from ..images.check import PixelCheck
 from ..losses.terms import Term
 from ..objective import Batch, Evaluated, Step, logits_of
-from ..pixel_check import PixelCheck
 from .text_classification import ClassificationObjective, TextClassification, refuse_other_head
 
 

@@ -22,7 +22,7 @@ from ..metrics import tag_metrics_for
 from ..objective import Batch, Objective
 from ..settings import DEFAULT_TEMPERATURE
 from ..tokens import check_positions
-from ..word_rows import CHUNK, WordRows, word_rows
+from ..words.rows import CHUNK, WordRows, word_rows
 from .text_classification import ClassificationObjective, label_settings, refuse_other_head
 
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from ..store.errors import ConfigError
-from ..store.reader import TeacherStore
-from ..store.schema import TOKENS
-from .bilstm_cnn import BILSTM_CNN, BiLstmCnnConfig, BiLstmCnnForTokenClassification
-from .progress import say
-from .settings import TrainConfig
-from .tasks import Task
-from .word_rows import CHUNK
-from .words import WordTokenizer, read_vectors
+from ...store.errors import ConfigError
+from ...store.reader import TeacherStore
+from ...store.schema import TOKENS
+from ..bilstm_cnn import BILSTM_CNN, BiLstmCnnConfig, BiLstmCnnForTokenClassification
+from ..progress import say
+from ..settings import TrainConfig
+from ..tasks import Task
+from .rows import CHUNK
+from .vocabulary import WordTokenizer, read_vectors
 
 _OF_VOCABULARY = ("model_type", "vocab_size", "num_characters")  # settings that no --student-config decides
 

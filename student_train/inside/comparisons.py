@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..store.activations import Sites
-from ..store.errors import ConfigError
-from .inner_teacher import MODULE, POOLED, Sides, TeacherInside
-from .layers import HIDDEN_STATES, Pairs
-from .losses import attention, feature_maps, hidden, relations
-from .losses.terms import Term
+from ...store.activations import Sites
+from ...store.errors import ConfigError
+from ..layers import HIDDEN_STATES, Pairs
+from ..losses import attention, feature_maps, hidden, relations
+from ..losses.terms import Term
 from .projections import LinearMap
+from .sides import Sides
+from .teacher import MODULE, POOLED, TeacherInside
 
 Key = tuple[str, int | str]  # (kind, layer), or (MODULE, name)
 _LETTERS = {"q": "queries", "k": "keys", "v": "values"}

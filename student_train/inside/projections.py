@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..store.errors import ConfigError, StoreMismatch
-from .sharded import cut_again, fill, gathered
+from ...store.errors import ConfigError, StoreMismatch
+from ..sharded import cut_again, fill, gathered
 
 ATTRIBUTE = "distillation_projections"  # of the student they are attached to
 FILE = "projections.safetensors"  # in a checkpoint

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from ..store.images.files import Files
-from ..store.images.pixels import IMAGE, MASK, PIXEL_VALUES, Processing, replay, replay_masks
-from ..store.images.views import VIEW_FIELDS, VIEW_MIX_WITH, mixed
-from ..store.reader import TeacherRows
-from ..store.schema import LABELS, MISSING_LABEL
-from .rows_over import RowsOver, numbered
+from ...store.images.files import Files
+from ...store.images.pixels import IMAGE, MASK, PIXEL_VALUES, Processing, replay, replay_masks
+from ...store.images.views import VIEW_FIELDS, VIEW_MIX_WITH, mixed
+from ...store.reader import TeacherRows
+from ...store.schema import LABELS, MISSING_LABEL
+from ..rows_over import RowsOver, numbered
 
 VIEWS = [spec.name for spec in VIEW_FIELDS]
 IGNORED = 255  # of masks, where the store does not say

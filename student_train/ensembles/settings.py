@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 
-from ..store.errors import ConfigError
+from ...store.errors import ConfigError
 
 SEVERAL = ("auto", "ensemble", "concatenate")
 AVERAGES = ("probabilities", "logits")

@@ -12,14 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..store.errors import ConfigError
-from ..store.schema import LABELS, MISSING_LABEL, POSITION_IDS
-from .losses.fused import FusedLoss, TokenTerm
-from .losses.sparse import SparseTargets
-from .losses.terms import Term
-from .objective import Batch, Evaluated, Objective, Step, coefficients, term_names
-from .token_losses import StudentTokens
-from .token_targets import Columns, at_positions, token_targets
+from ...store.errors import ConfigError
+from ...store.schema import LABELS, MISSING_LABEL, POSITION_IDS
+from ..losses.fused import FusedLoss, TokenTerm
+from ..losses.sparse import SparseTargets
+from ..losses.terms import Term
+from ..objective import Batch, Evaluated, Objective, Step, coefficients, term_names
+from .losses import StudentTokens
+from .targets import Columns, at_positions, token_targets
 
 _NOTHING = (Term("labels"),)  # what an objective without terms runs, at no position
 TEACHER_MASK = "teacher_mask"  # bool [B, S], which readers make where teacher fields are stored at some positions

@@ -15,24 +15,24 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..store.activations import Sites
-from ..store.attention import AttentionSettings
-from ..store.errors import ConfigError
-from ..store.images.pixels import PIXEL_VALUES
-from ..store.probe import evaluating
-from ..store.schema import ATTENTION_MASK, FieldSpec, symbols
-from .injected import Learnt
-from .inner_teacher import MODULE, Sides, TeacherInside
-from .inner_terms import Comparison, compare, kinds_of, stored_for
-from .losses.terms import Term
-from .objective import Batch, Evaluated, Objective, Step, coefficients, term_names
+from ...store.activations import Sites
+from ...store.attention import AttentionSettings
+from ...store.errors import ConfigError
+from ...store.images.pixels import PIXEL_VALUES
+from ...store.probe import evaluating
+from ...store.schema import FieldSpec
+from ..losses.terms import Term
+from ..objective import Batch, Evaluated, Objective, Step, coefficients, term_names
+from .comparisons import Comparison, compare, kinds_of, stored_for
+from .gradients import Learnt
 from .pieces import Pieces
 from .projections import Projections, attach_projections
+from .rehearsal import find_sites, rehearse
+from .sides import Sides
 from .stored import StoredBatch
+from .teacher import MODULE, TeacherInside
 
-_BY_TOKEN = ("hidden_states", "queries", "keys", "values", MODULE)  # kinds whose second axis is S, with tokens
 PIECE = (1 << 17, 1 << 22)  # numbers in a loss's tensor at a time: on a CPU, for its cache; on a GPU, for few kernels
-_OF_ATTENTION = {"attentions", "attention_scores", "queries", "keys", "values"}
 
 
 class InnerObjective(Objective):
@@ -225,57 +225,6 @@ class InnerObjective(Objective):
                 found[f"loss_{name}"] = value / count
                 loss = None if loss is None else loss + term.weight * value / count
         return {"loss": loss, **found} if loss is not None and all(counts) else found
-
-
-def find_sites(model: nn.Module, inputs: Batch, kinds: set[str]) -> Sites:
-    """Where the student's inside is. Attention by queries and keys, without eager attention, wherever that can be."""
-    asked = kinds & _OF_ATTENTION
-    if not asked:
-        return Sites.find(model, inputs)
-    try:
-        return Sites.find(model, inputs, attention="queries-keys")
-    except ConfigError:
-        if asked != {"attentions"}:
-            raise
-        return Sites.find(model, inputs, attention="eager")
-
-
-@torch.no_grad()
-def rehearse(
-    comparison: Comparison, projections: Projections | None, seen: Mapping[Any, Tensor] | None,
-    attention: Mapping[int, AttentionSettings],
-) -> None:  # fmt: skip
-    """Compute the loss of zeros of the shapes that both sides have. Raises ConfigError where they do not suit it.
-
-    seen: of images and of modules, what was recorded of two rows; attention: as Sides takes it with that.
-    """
-    teacher, rows, tokens = comparison.teacher, 2, 2
-    batch = {ATTENTION_MASK: torch.ones(rows, tokens, dtype=torch.int64)}
-    if seen is not None and not any(symbols(teacher.specs[name].shape) for name in comparison.columns):
-        batch = {PIXEL_VALUES: torch.zeros(rows)}
-    elif seen is not None:
-        tokens = next(value.shape[1] for (kind, _), value in seen.items() if kind in _BY_TOKEN)
-        batch = {ATTENTION_MASK: torch.ones(rows, tokens, dtype=torch.int64)}
-    for name in comparison.columns:
-        sizes = [tokens if isinstance(size, str) else size for size in teacher.specs[name].shape]
-        batch[name] = torch.zeros(rows, *sizes)
-    found = {}
-    for key in comparison.wanted if seen is None else ():
-        shape = comparison.student.shapes[key]
-        square = key[0] in ("attentions", "attention_scores")
-        middle = (*shape, tokens, tokens) if square else shape if key[0] == "pooled" else (tokens, *shape)
-        found[key] = torch.zeros(rows, *middle)
-    device = None if projections is None else next(projections.parameters()).device
-    recorded = found if seen is None else seen
-    sides = Sides(_on(batch, device), teacher, _on(recorded, device), projections, attention if seen else None)
-    try:
-        comparison.total(sides)
-    except ValueError as error:
-        raise ConfigError(f"the term {comparison.name!r}: {error}") from error
-
-
-def _on(values: Mapping[Any, Tensor], device: torch.device | None) -> dict[Any, Tensor]:
-    return {name: value.to(device) for name, value in values.items()}
 
 
 def depending(outputs: Any, weights: Sequence[Tensor]) -> Any:

@@ -11,8 +11,8 @@ from typing import TypeAlias
 
 import torch
 
-from ..store.errors import ConfigError
-from ..store.schema import (
+from ...store.errors import ConfigError
+from ...store.schema import (
     LOGITS,
     LOGSUMEXP,
     SAMPLE_COUNTS,
@@ -23,9 +23,9 @@ from ..store.schema import (
     FieldSpec,
     logsumexp_column,
 )
-from .losses.sparse import SparseTargets, sample_targets, top_k_targets
-from .losses.terms import Term, check_dense, check_truncated
-from .objective import Batch
+from ..losses.sparse import SparseTargets, sample_targets, top_k_targets
+from ..losses.terms import Term, check_dense, check_truncated
+from ..objective import Batch
 
 logger = logging.getLogger(__name__)
 SAMPLED_LOSSES = ("kl", "soft_cross_entropy")  # linear in p, so unbiased where the samples are

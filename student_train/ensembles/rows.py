@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..store.errors import DataError
-from ..store.reader import TeacherRows
-from ..store.schema import ATTENTION_MASK, NO_WORD, WORD_IDS
-from .dataset import narrowed
-from .ensemble import combined, confidence_weights
-from .losses.catalogue import SINGLE_LABEL
-from .rows_over import RowsOver
+from ...store.errors import DataError
+from ...store.reader import TeacherRows
+from ...store.schema import ATTENTION_MASK, NO_WORD, WORD_IDS
+from ..dataset import narrowed
+from ..losses.catalogue import SINGLE_LABEL
+from ..rows_over import RowsOver
+from .formulas import combined, confidence_weights
 
 TEACHER_MASK = "teacher_mask"
 CONFIDENCE = "confidence"

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from transformers import EvalPrediction
 
-from ..store.errors import ConfigError
-from ..store.schema import (
+from ...store.errors import ConfigError
+from ...store.schema import (
     ATTENTION_MASK,
     END_LOGITS,
     INPUT_IDS,
@@ -22,14 +22,14 @@ from ..store.schema import (
     START_LOGITS,
     WORD_IDS,
 )
-from .collator import DataCollatorForDistillation
-from .ensemble import learned_weights
-from .ensemble_join import Ensemble
-from .ensemble_rows import EnsembleRows
-from .losses.catalogue import MULTI_LABEL, SINGLE_LABEL
-from .losses.terms import Term
-from .objective import Objective, Totals
-from .progress import say
+from ..collator import DataCollatorForDistillation
+from ..losses.catalogue import MULTI_LABEL, SINGLE_LABEL
+from ..losses.terms import Term
+from ..objective import Objective, Totals
+from ..progress import say
+from .formulas import learned_weights
+from .join import Ensemble
+from .rows import EnsembleRows
 
 BATCH = 256  # rows judged at a time
 _NAMES = {START_LOGITS: "start_logits", END_LOGITS: "end_logits"}  # as a model calls them

@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..store.addresses import Addresses, Common, addresses, compared
-from ..store.errors import ConfigError, StoreMismatch
-from ..store.identity import canonical, short, tokenizer_sha256
-from ..store.images.views import VIEW_FIELDS
-from ..store.reader import TeacherRows, TeacherStore
-from ..store.schema import LABELS, MISSING_LABEL, WORD_IDS, FieldSpec
-from .ensemble import fixed_weights
-from .ensemble_rows import CONFIDENCE, Combination, EnsembleRows, Member
-from .losses.catalogue import REGRESSION, SINGLE_LABEL
-from .progress import say
-from .settings import BILSTM_CNN, FROM_TEACHER_LAYERS, TrainConfig
-from .students import Student
-from .tasks import task_of
-from .tokens import load_tokenizer
+from ...store.addresses import Addresses, Common, addresses, compared
+from ...store.errors import ConfigError, StoreMismatch
+from ...store.identity import canonical, short, tokenizer_sha256
+from ...store.images.views import VIEW_FIELDS
+from ...store.reader import TeacherRows, TeacherStore
+from ...store.schema import LABELS, MISSING_LABEL, WORD_IDS, FieldSpec
+from ..losses.catalogue import REGRESSION, SINGLE_LABEL
+from ..progress import say
+from ..settings import BILSTM_CNN, FROM_TEACHER_LAYERS, TrainConfig
+from ..students import Student
+from ..tasks import task_of
+from ..tokens import load_tokenizer
+from .formulas import fixed_weights
+from .rows import CONFIDENCE, Combination, EnsembleRows, Member
 
 LEARNED, EQUAL = "learned", "equal"
 DEFAULT_SPLIT = "validation"

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ..store.errors import ConfigError, StoreMismatch
-from ..store.reader import TeacherRows
-from ..store.schema import ATTENTION_MASK, INPUT_IDS, LABELS, LOGITS, MISSING_LABEL, NO_WORD, TOKENS, WORD_IDS
-from ..store.words import first_tokens
-from .tokens import INPUTS, RetokenizedRows, tokenizer_difference
-from .words import Encoded, WordTokenizer
+from ...store.errors import ConfigError, StoreMismatch
+from ...store.reader import TeacherRows
+from ...store.schema import ATTENTION_MASK, INPUT_IDS, LABELS, LOGITS, MISSING_LABEL, NO_WORD, TOKENS, WORD_IDS
+from ...store.words import first_tokens
+from ..tokens import INPUTS, RetokenizedRows, tokenizer_difference
+from .vocabulary import Encoded, WordTokenizer
 
 CHUNK = 10_000  # rows whose words are Python strings at one time
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..store.errors import ConfigError, DataError
-from ..store.schema import ATTENTION_MASK, INPUT_IDS
+from ...store.errors import ConfigError, DataError
+from ...store.schema import ATTENTION_MASK, INPUT_IDS
 
 CHAR_IDS = "char_ids"
 VOCABULARY = "word_tokenizer.json"

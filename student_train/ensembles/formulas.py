@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, logsigmoid, mse_loss
 
-from .ensemble_settings import AVERAGES
-from .losses.catalogue import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from ..losses.catalogue import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from .settings import AVERAGES
 
 
 def combined(logits: Tensor, weights: Tensor, average: str, problem_type: str = SINGLE_LABEL) -> Tensor:

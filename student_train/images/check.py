@@ -7,10 +7,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 
-from ..store.errors import StoreMismatch
-from ..store.images.pixels import PIXEL_HASH, PIXEL_VALUES, pixel_hash
-from .objective import Batch
-from .progress import say
+from ...store.errors import StoreMismatch
+from ...store.images.pixels import PIXEL_HASH, PIXEL_VALUES, pixel_hash
+from ..objective import Batch
+from ..progress import say
 
 EVERY = 100  # batches: the first is looked at, and then one of so many
 _MAKERS = ("pillow", "numpy", "transformers")  # packages that may make other pixels in another version

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..store.codecs import INT8_BLOCK, parts_of, stored_parts
-from ..store.schema import ATTENTION_MASK, POSITION_IDS, FieldSpec
+from ...store.codecs import INT8_BLOCK, parts_of, stored_parts
+from ...store.schema import ATTENTION_MASK, POSITION_IDS, FieldSpec
 from .pieces import WHOLE, Piece
 
 _TOKENS = {ATTENTION_MASK: (1,), POSITION_IDS: (1,)}  # axes, whether or not a store has them

@@ -1,4 +1,4 @@
-"""What a store holds of the inside of its teacher, and both sides of a batch: the teacher's tensors, the student's.
+"""What a store holds of the inside of its teacher.
 
 B rows, S tokens, D width, H heads, K key heads, d head size. Of images every row has the same positions, so that their
 columns have no S and nothing is masked; a convolution's map [C, H, W] is compared as H * W positions of width C.
@@ -9,30 +9,23 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..store.attention import AttentionSettings, attention_probabilities, attention_scores, visible_keys
-from ..store.errors import ConfigError, StoreCorrupt
-from ..store.images.pixels import PIXEL_VALUES
-from ..store.schema import ATTENTION_MASK, POSITION_IDS, FieldSpec, layer_column, symbols
-from .layers import Pairs, layer_map, stored_columns
-from .objective import Batch
-from .pieces import WHOLE, Piece
-from .projections import Projections
-from .stored import StoredBatch
+from ...store.attention import AttentionSettings, attention_probabilities, attention_scores
+from ...store.errors import ConfigError, StoreCorrupt
+from ...store.schema import FieldSpec, layer_column, symbols
+from ..layers import Pairs, layer_map, stored_columns
+from ..objective import Batch
 
 POOLED = "pooled"
 POOLED_COLUMN = "teacher_pooled"
 MODULE = "module"  # kind whose layers are names
 _MODULE_COLUMN = "teacher_module_"
 _COLUMN = re.compile(r"teacher_(hidden_states|attentions|attention_scores|queries|keys|values)_(\d+)")
-_OF_QUERIES = ("attentions", "attention_scores")  # what queries and keys tell
-_MAPS = ("hidden_states", MODULE)  # what may be a convolution's [C, H, W]
-_ATTENDING = ("queries", "keys", "values", *_OF_QUERIES)
+OF_QUERIES = ("attentions", "attention_scores")  # what queries and keys tell
+MAPS = ("hidden_states", MODULE)  # what may be a convolution's [C, H, W]
 _PLAIN = AttentionSettings(1, 1, 1, 1.0)  # of a column that names none: every token sees every other
 
 
@@ -57,7 +50,7 @@ class TeacherInside:
     def layers(self, kind: str) -> list[int]:
         """Layers that `kind` can be had of; attentions and scores also from queries and keys."""
         own = set(self._stored.get(kind, ()))
-        if kind in _OF_QUERIES:
+        if kind in OF_QUERIES:
             own |= set(self._stored.get("queries", ())) & set(self._stored.get("keys", ()))
         return sorted(own)
 
@@ -76,7 +69,7 @@ class TeacherInside:
 
     def pairs(self, text: str, kind: str, student_depth: int) -> Pairs:
         """The layer map `text` for one kind. Raises ConfigError, as layer_map does."""
-        named = kind if kind in self._stored or kind not in _OF_QUERIES else "queries"
+        named = kind if kind in self._stored or kind not in OF_QUERIES else "queries"
         return layer_map(text, named, student_depth, self.depth, self.layers(kind))
 
     def columns(self, kind: str, layer: int | str) -> list[str]:
@@ -90,7 +83,7 @@ class TeacherInside:
         assert isinstance(layer, int)
         if kind == POOLED:
             return [POOLED_COLUMN]
-        if kind in _OF_QUERIES and layer not in self._stored.get(kind, ()):
+        if kind in OF_QUERIES and layer not in self._stored.get(kind, ()):
             return [layer_column("queries", layer), layer_column("keys", layer)]
         return [layer_column(kind, layer)]
 
@@ -98,7 +91,7 @@ class TeacherInside:
         """Without rows and positions: (D,) of hidden states, (H, d) of queries, (H,) of attentions and scores."""
         shape = self.specs[self.columns(kind, layer)[0]].shape
         sizes = tuple(size for size in shape if not isinstance(size, str))
-        if kind in _OF_QUERIES or self.grid(kind, layer):
+        if kind in OF_QUERIES or self.grid(kind, layer):
             return sizes[:1]
         if kind == POOLED:
             return (math.prod(sizes),)
@@ -109,7 +102,7 @@ class TeacherInside:
     def grid(self, kind: str, layer: int | str) -> tuple[int, int] | None:
         """(H, W) of a convolution's map; None of everything else."""
         shape = self.specs[self.columns(kind, layer)[0]].shape
-        if kind not in _MAPS or symbols(shape) or len(shape) != 3:
+        if kind not in MAPS or symbols(shape) or len(shape) != 3:
             return None
         return int(shape[1]), int(shape[2])
 
@@ -131,7 +124,7 @@ class TeacherInside:
 
     def settings(self, layer: int) -> AttentionSettings:
         """What attention `layer` does with queries and keys, causality and window among it."""
-        for kind in ("queries", *_OF_QUERIES):
+        for kind in ("queries", *OF_QUERIES):
             spec = self.specs.get(layer_column(kind, layer))
             if spec is not None and "attention" in spec.parameters:
                 return AttentionSettings.from_json(spec.parameters["attention"])
@@ -153,82 +146,6 @@ class TeacherInside:
                 return scores
             assert visible is not None
             return attention_probabilities(scores, visible, settings.sinks)
-
-
-class Sides:
-    """A batch as the losses of the inside ask for it; what several of them ask for is made once.
-
-    found: what was recorded of the student, by (kind, layer), its first rows those of the batch. projections: of the
-    student's hidden states. attention: settings of those layers of the student whose attention is computed here, of
-    queries and keys that were recorded. piece: of the batch, what it is all about; `found` is of that piece alone.
-    """
-
-    def __init__(
-        self, batch: Batch, teacher: TeacherInside, found: Mapping[Any, Tensor] | None = None,
-        projections: Projections | None = None, attention: Mapping[int, AttentionSettings] | None = None,
-        piece: Piece = WHOLE,
-    ) -> None:  # fmt: skip
-        if ATTENTION_MASK not in batch and PIXEL_VALUES not in batch:
-            raise ConfigError("losses of what is inside a model need attention_mask, which these rows do not have")
-        self._batch = StoredBatch(batch, teacher.specs, piece)
-        self._teacher, self._projections = teacher, projections
-        self._found, self._attention = {} if found is None else found, attention or {}
-        self.mask = self._batch[ATTENTION_MASK].bool() if ATTENTION_MASK in batch else None  # [B, S]; None: all count
-        some = batch[PIXEL_VALUES] if self.mask is None else self.mask
-        self.rows, self.device = len(some) if piece.rows is None else len(piece.rows), some.device
-        self._visible: dict[tuple[Any, ...], Tensor] = {}
-
-    def visible(self, layer: int) -> Tensor:
-        """bool [B, 1, S, S]: the keys that each query of the teacher's attention `layer` sees."""
-        stored = next(kind for kind in _ATTENDING if layer in self._teacher.layers(kind))
-        return self._seen(self._teacher.settings(layer), self._teacher.positions(stored, layer))
-
-    def _seen(self, settings: AttentionSettings, positions: int | None) -> Tensor:
-        key = settings.causal, settings.window, positions
-        if key not in self._visible:
-            mask = self.counting(positions)
-            self._visible[key] = visible_keys(mask, settings, self._batch.get(POSITION_IDS))
-        return self._visible[key]
-
-    def counting(self, positions: int | None) -> Tensor:
-        """bool [B, S]: the mask; where every row has as many positions, one of these, all of which count."""
-        if positions is None:
-            assert self.mask is not None
-            return self.mask
-        return torch.ones(self.rows, positions, dtype=torch.bool, device=self.device)
-
-    def teacher(self, kind: str, layer: int | str, grid: tuple[int, int] | None = None) -> Tensor:
-        visible = self.visible(int(layer)) if kind in _OF_QUERIES else None
-        return as_positions(self._teacher.read(kind, layer, self._batch, visible), kind, grid)
-
-    def student(self, kind: str, layer: int | str, projection: str = "", grid: tuple[int, int] | None = None) -> Tensor:
-        """projection: a key of the projections; as it is where there is none of this key."""
-        if kind in _OF_QUERIES and layer in self._attention:
-            return self._attended(kind, int(layer))
-        value = as_positions(self._found[kind, layer][: self.rows], kind, grid)
-        if self._projections is not None and projection in self._projections:
-            return self._projections(projection, value)
-        return value
-
-    def _attended(self, kind: str, layer: int) -> Tensor:
-        settings = self._attention[layer]
-        queries, keys = (self._found[name, layer][: self.rows] for name in ("queries", "keys"))
-        scores = attention_scores(queries, keys, settings)
-        if kind == "attention_scores":
-            return scores
-        return attention_probabilities(scores, self._seen(settings, queries.shape[1] if self.mask is None else None))
-
-
-def as_positions(value: Tensor, kind: str, grid: tuple[int, int] | None) -> Tensor:
-    """A map [B, C, H, W] as [B, H * W, C], brought to `grid` by average pooling; pooled [B, C, 1, 1] as [B, C]; others
-    as they are."""
-    if kind == POOLED:
-        return value.flatten(1)
-    if kind not in _MAPS or value.dim() != 4:
-        return value
-    if grid is not None and value.shape[2:] != grid:
-        value = F.adaptive_avg_pool2d(value.to(torch.promote_types(value.dtype, torch.float32)), grid)
-    return value.flatten(2).mT
 
 
 def _depth(spec: FieldSpec) -> int:

@@ -1,0 +1,1 @@
+"""Several teachers as one: stores whose rows are the same, joined, and what their average says."""

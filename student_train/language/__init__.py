@@ -1,0 +1,1 @@
+"""Language models: losses token by token, without logits of the whole vocabulary."""
