@@ -1,4 +1,4 @@
 """Losses of what is inside both models: what the store has, what the student shows, and how they are compared.
 
-objective <- comparisons <- sides <- teacher, stored, pieces
+objective <- comparisons <- comparison <- sides <- teacher, stored, pieces
 """

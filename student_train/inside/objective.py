@@ -23,7 +23,8 @@ from ...store.probe import evaluating
 from ...store.schema import FieldSpec
 from ..losses.terms import Term
 from ..objective import Batch, Evaluated, Objective, Step, coefficients, term_names
-from .comparisons import Comparison, compare, kinds_of, stored_for
+from .comparison import Comparison, kinds_of, stored_for
+from .comparisons import compare
 from .gradients import Learnt
 from .pieces import Pieces
 from .projections import Projections, attach_projections

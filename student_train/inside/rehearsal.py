@@ -14,7 +14,7 @@ from ...store.errors import ConfigError
 from ...store.images.pixels import PIXEL_VALUES
 from ...store.schema import ATTENTION_MASK, symbols
 from ..objective import Batch
-from .comparisons import Comparison
+from .comparison import Comparison
 from .projections import Projections
 from .sides import Sides
 from .teacher import MODULE
