@@ -10,10 +10,11 @@ Arms, all with the same student, rows, order and batches of SST-2, float32:
 
 Ratios to `outputs`; less is better. Step: forward, backward, clip and AdamW, reading included; the arms take turns of
 four steps in one process, and the median over turns counts. FLOPs: of one batch forward and backward, counted by torch:
-the floor that arithmetic sets for the step, projections of the student to the teacher's width among it. Memory: each
-arm is a process of its own. On a GPU torch.cuda.max_memory_allocated; on the CPU the most anonymous memory that the
-process has beyond its imports (models, optimizer, rows and teacher included; the store's mapped pages, which the kernel
-takes back, are not), and beside it `resident`, the largest resident size of the whole process.
+the floor that arithmetic sets for the step, projections of the student to the teacher's width among it. Tensors: the
+most bytes that tensors hold at once in a step, model, optimizer and batch included, which is what a GPU's memory would
+have to hold. Memory: each arm is a process of its own; on a GPU torch.cuda.max_memory_allocated, on the CPU the most
+anonymous memory that the process has beyond its imports: tensors, the allocator's gaps, batches read ahead, DuckDB. The
+store's mapped pages, which the kernel takes back, are not in it.
 
 Students: `narrow` is inside_results.py's (3 blocks, 192 wide, one projection a layer); `wide` has 3 blocks of the
 teacher's width, 384, and no projection.
@@ -26,7 +27,8 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,8 @@ from predistill.student_train.config import DistillationConfig
 from predistill.student_train.trainer import DistillationTrainer
 from predistill.teacher_dump.config import DumpConfig
 from predistill.teacher_dump.dump import dump
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -151,6 +155,34 @@ def trainer(arm: str, size: str, folder: str, steps: int) -> Trainer:
     return made
 
 
+class LiveTensors(TorchDispatchMode):
+    """peak: the most bytes of storages that were alive at once, of `held` and of all that operations took and gave."""
+
+    def __init__(self, held: Iterable[Any]) -> None:
+        super().__init__()
+        self.peak, self._now, self._sizes = 0, 0, dict[int, int]()
+        self._see(held)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        self._see((args, found))
+        return found
+
+    def _see(self, values: Any) -> None:
+        for one in tree_iter(values):
+            if not isinstance(one, torch.Tensor):
+                continue
+            storage = one.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._sizes:
+                weakref.finalize(storage, self._forget, key)
+            self._now += size - self._sizes.get(key, 0)
+            self._sizes[key], self.peak = size, max(self.peak, self._now)
+
+    def _forget(self, key: int) -> None:
+        self._now -= self._sizes.pop(key)
+
+
 class Stepper:
     """A Trainer's optimizer steps, `TURN` a call, so that several trainers can take turns."""
 
@@ -177,6 +209,16 @@ class Stepper:
         [batch], counts = self.trainer.get_batch_samples(self.batches, 1, self.trainer.args.device)
         self.trainer.training_step(self.model, batch, counts)
 
+    def tensors(self) -> int:
+        """Bytes."""
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        held = [*self.model.parameters(), *self.model.buffers(), *states]
+        if isinstance(self.trainer, OnlineTrainer):
+            held += self.trainer.guide.parameters()
+        with LiveTensors(held) as live:
+            self()
+        return live.peak
+
     def flops(self) -> int:
         from torch.utils.flop_counter import FlopCounterMode
 
@@ -187,32 +229,26 @@ class Stepper:
         return counted.get_total_flops()
 
 
-def time_steps(size: str, arms: tuple[str, ...], rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of each turn, the first ones left out, and FLOPs of a batch, by arm."""
+def time_steps(
+    size: str, arms: tuple[str, ...], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, int], dict[str, int]]:
+    """Seconds of each turn, the first ones left out, FLOPs of a batch, and the most bytes of tensors, by arm."""
     with tempfile.TemporaryDirectory() as folder:
         steppers = {arm: Stepper(trainer(arm, size, folder, 1)) for arm in arms}
         flops = {arm: stepper.flops() for arm, stepper in steppers.items()}
         found = alternate(rounds + 2, **steppers)
-    return {arm: times[2:] for arm, times in found.items()}, flops
+        tensors = {arm: stepper.tensors() for arm, stepper in steppers.items()}
+    return {arm: times[2:] for arm, times in found.items()}, flops, tensors
 
 
-def measure_memory(arm: str, size: str, steps: int) -> dict[str, int]:
-    """Bytes: `peak` and `resident`, of this process."""
+def measure_memory(arm: str, size: str, steps: int) -> int:
+    """Bytes, of this process."""
     with tempfile.TemporaryDirectory() as folder, peak_memory() as peak:
         trainer(arm, size, folder, steps).train()
-    found = torch.cuda.max_memory_allocated() if CUDA else peak[0]
-    return {"peak": found, "resident": largest_resident()}
+    return torch.cuda.max_memory_allocated() if CUDA else peak[0]
 
 
-def largest_resident() -> int:
-    """Bytes, since this program began: getrusage's maximum would begin with that of the process that started it."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no line `VmHWM:`; Linux is needed")
-
-
-def child(arm: str, size: str, steps: int) -> dict[str, int]:
+def child(arm: str, size: str, steps: int) -> int:
     note(f"memory of {size}, {arm}")
     command = [sys.executable, str(Path(__file__)), "--child", arm, size, str(steps)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -222,16 +258,15 @@ def report(size: str, arms: tuple[str, ...], rounds: int, steps: int, times: int
     memory = {arm: [child(arm, size, steps) for _ in range(times)] for arm in arms}
     note(f"steps of {size}")
     with quiet():
-        seconds, flops = time_steps(size, arms, rounds)
+        seconds, flops, tensors = time_steps(size, arms, rounds)
     rows: list[list[object]] = []
     for arm in arms:
-        least = {kind: min(one[kind] for one in memory[arm]) for kind in ("peak", "resident")}
-        base = {kind: min(one[kind] for one in memory["outputs"]) for kind in ("peak", "resident")}
+        least, base = min(memory[arm]), min(memory["outputs"])
         per_step = sorted(seconds[arm])[rounds // 2] / TURN
         rows.append([
             size, arm, f"{ratio(seconds[arm], seconds['outputs']):.2f}", f"{flops[arm] / flops['outputs']:.2f}",
-            f"{least['peak'] / base['peak']:.2f}", f"{least['resident'] / base['resident']:.2f}",
-            f"{1000 * per_step:.0f}", f"{least['peak'] / 1e6:.0f}",
+            f"{tensors[arm] / tensors['outputs']:.2f}", f"{least / base:.2f}", f"{1000 * per_step:.0f}",
+            f"{tensors[arm] / 1e6:.0f}", f"{least / 1e6:.0f}",
         ])  # fmt: skip
     return rows
 
@@ -251,8 +286,8 @@ def main() -> None:
         rows = report("narrow", QUICK, rounds=4, steps=5, times=1)
     else:
         rows = [row for size in WIDTHS for row in report(size, ARMS, rounds=20, steps=40, times=2)]
-    table(["student", "arm", "step ÷ outputs (reach 1.10)", "FLOPs ÷ outputs", "memory ÷ outputs (reach 1.05)",
-           "resident ÷ outputs", "ms a step", "peak MB"], rows)  # fmt: skip
+    table(["student", "arm", "step ÷ outputs (reach 1.10)", "FLOPs ÷ outputs", "tensors ÷ outputs (reach 1.05)",
+           "memory ÷ outputs", "ms a step", "MB of tensors", "MB in all"], rows)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ it is done, its student and metrics; the last has the run's own folder.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..store.identity import canonical, short
 from .card import METRICS, PROVENANCE
 from .losses.presets import Stage
 from .settings import TrainConfig
+from .sharded import is_main_process
 
 STATE = "trainer_state.json"  # of a checkpoint, written last (trainer.py)
 
@@ -136,7 +136,3 @@ def _apart(ours: Any, theirs: Any) -> tuple[Any, Any]:
         pairs = zip(ours, theirs, strict=True)
         return next(_apart(*pair) for pair in pairs if canonical(pair[0]) != canonical(pair[1]))
     return ours, theirs
-
-
-def is_main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,6 +22,10 @@ from transformers.training_args import ParallelMode
 from ..store.errors import ConfigError
 
 WHOLE = "FULL_STATE_DICT"  # the state_dict_type in which FSDP saves what from_pretrained loads
+
+
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def is_cut(model: nn.Module) -> bool:

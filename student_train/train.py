@@ -22,14 +22,14 @@ from .config import DistillationConfig
 from .dataset import first_row
 from .ensembles.join import Ensemble
 from .ensembles.scores import judged, learn
-from .folder import check_same_run, is_main_process, prepare_folder, stage_folder
+from .folder import check_same_run, prepare_folder, stage_folder
 from .inside.projections import attach_projections
 from .losses.presets import Stage
 from .losses.terms import Term
 from .objective import Objective, accepted_inputs
 from .progress import quiet_stdout, say, show_progress
 from .settings import DistillationSettings, TrainConfig
-from .sharded import check_installed, check_ranks, check_whole
+from .sharded import check_installed, check_ranks, check_whole, is_main_process
 from .stores import evaluation_split, open_stores, select, together
 from .students import Student, build_student, usual_arguments
 from .tasks import Task, check_known, make_objective, task_of

@@ -17,13 +17,12 @@ from torch import nn
 
 from ...store.head import Head, head_module, hidden_before_head, split_head
 from ...store.schema import ATTENTION_MASK, INPUT_IDS, POSITION_IDS
-from ..folder import is_main_process
 from ..losses.fused import FusedLoss, TokenTerm, fused_linear_loss
 from ..losses.labels import label_loss
 from ..losses.rows import row_loss
 from ..losses.sparse import SparseTargets, sparse_loss
 from ..objective import Batch, logits_of
-from ..sharded import is_cut
+from ..sharded import is_cut, is_main_process
 
 logger = logging.getLogger(__name__)
 PROBE_TOKENS = 8  # of the row that tells whether the head can be had alone
