@@ -2,7 +2,7 @@
 
 The teacher is that of teachers.py. It marks 250 training rows, or these and ten rewritten ones of each (`augment`, with
 the model of masked_lm.py), or as many other training rows, which is what more data of the real kind would give. The
-student has blocks 2 and 5 of the pretrained backbone and a new head, as in results.py. All arms have 86 steps of 32
+student has blocks 2 and 5 of the pretrained backbone and a new head, as in results.py. All arms have 344 steps of 32
 rows: KL at T 2, alpha 0.9, and the labels of the rows; AdamW 1e-4, linear warm-up over 10 % and decay, clip 1.0.
 One run after another, each a process of one thread.
 """
@@ -18,7 +18,7 @@ from typing import NamedTuple
 from predistill.benchmarks.measure import WORK, note, quiet, table
 from predistill.benchmarks.seeds import TRAINING, arguments, measured, seed_cells
 
-ROWS, VIEWS, STEPS = 250, 10, 86
+ROWS, VIEWS, STEPS = 250, 10, 344
 ARMS = ("few rows", "few rows, augmented", "as many rows")
 
 

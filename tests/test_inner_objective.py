@@ -202,6 +202,23 @@ def test_a_bfloat16_student_learns_from_it(store):
     assert half == pytest.approx(precise, rel=0.05) and all(torch.isfinite(one).all() for one in gradients.values())
 
 
+def test_float16_loses_no_small_gradients(store):
+    """Of a mean over 40 million tokens they are below float16's least number; the loss scale comes after them."""
+    found = []
+    for half in (False, True):
+        student = bert(0, 2, 16, 2)
+        objective = objective_of(store, student, [Term("hidden_states")])
+        batch = batch_of(store, objective)
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            counts = objective.counts(batch) * 500_000
+            step = objective.step(student, {name: batch[name] for name in INPUTS}, batch, counts)
+        (step.loss * 2.0**16).backward()
+        found.append({name: one.grad for name, one in student.named_parameters() if one.grad is not None})
+    for name, gradient in found[0].items():
+        if "projections" in name or "layer.1.output.dense.weight" in name:
+            assert (found[1][name] - gradient).norm() < 0.01 * gradient.norm(), name
+
+
 # ---- refusals ----
 
 

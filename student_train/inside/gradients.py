@@ -58,7 +58,8 @@ class Learnt:
         named |= {at: weight for at, weight in enumerate(self._weights) if weight.requires_grad}
         if not loss.requires_grad:
             return
-        gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        with torch.autocast(loss.device.type, enabled=False):  # a backward pass is in the dtypes of its forward
+            gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
         for key, gradient in zip(named, gradients, strict=True):
             if gradient is None:
                 continue

@@ -51,8 +51,12 @@ class Projections(nn.Module):
                 self.register_parameter(f"{key}/{name}", nn.Parameter(value.to(device, dtype)))
 
     def forward(self, key: str, hidden: Tensor) -> Tensor:
-        weight = getattr(self, f"{key}/weight")
-        return functional.linear(hidden.to(weight.dtype), weight, getattr(self, f"{key}/bias", None))
+        """float16 is left to no autocast: gradients are taken here before a loss scale is on them (gradients.py)."""
+        weight, bias = getattr(self, f"{key}/weight"), getattr(self, f"{key}/bias", None)
+        device = hidden.device.type
+        wide = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != torch.float16
+        with torch.autocast(device, enabled=wide):
+            return functional.linear(hidden.to(weight.dtype), weight, bias)
 
     def __contains__(self, key: str) -> bool:
         return f"{key}/weight" in self._parameters
