@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..store import FieldSpec, ShardPlan, StoreWriter
+from ..store import DataError, FieldSpec, ShardPlan, StoreWriter
 from .capture import Captured
 from .data import SourceData
 from .tasks import Samples, Task
@@ -34,18 +34,44 @@ class Prepared:
 
 
 def prepare(source: SourceData, task: Task, kept: list[str], shard: ShardPlan) -> Prepared:
+    """Raises DataError for a kept value that the column's type, of all splits, does not hold."""
     table = source.table(shard, list(dict.fromkeys([*task.columns, *kept])))
     of_view = {"view": shard.view} if shard.view else {}  # of tasks that have several
     samples = task.prepare(shard.split, np.arange(shard.start, shard.stop), table, **of_view)
-    carried = table.select(kept)
+    carried = {name: _one(table.column(name)) for name in kept}
+    for name, kind in carried_types(source, kept).items():
+        if carried[name].type == kind:
+            continue
+        try:
+            carried[name] = carried[name].cast(kind)
+        except pa.ArrowInvalid as error:
+            raise DataError(f"split {shard.split}, rows {shard.start} to {shard.stop - 1}: --keep-columns {name} is "
+                            f"kept as {kind} ({error}); give it one type in all splits") from error  # fmt: skip
     if len(samples) != len(table):  # a task that makes several rows of one
-        carried = carried.take(pa.array(samples.source_index - shard.start))
-    return Prepared(samples, {name: _one(carried.column(name)) for name in kept})
+        chosen = pa.array(samples.source_index - shard.start)
+        carried = {name: column.take(chosen) for name, column in carried.items()}
+    return Prepared(samples, carried)
 
 
 def carried_fields(source: SourceData, kept: list[str]) -> list[FieldSpec]:
-    types = next(iter(source.splits.values())).features.arrow_schema
-    return [FieldSpec(name, (), str(types.field(name).type), codec="arrow", role="carried") for name in kept]
+    """Raises DataError for a column whose splits have no type in common."""
+    types = carried_types(source, kept)
+    return [FieldSpec(name, (), str(types[name]), codec="arrow", role="carried") for name in kept]
+
+
+def carried_types(source: SourceData, kept: list[str]) -> dict[str, pa.DataType]:
+    """Of each column, what holds the values of all splits: whole and other numbers as float64, nothing as anything."""
+    schemas = {split: rows.features.arrow_schema for split, rows in source.splits.items()}
+    found = {}
+    for name in kept:
+        kinds = {split: pa.schema([schema.field(name).remove_metadata()]) for split, schema in schemas.items()}
+        try:
+            found[name] = pa.unify_schemas(list(kinds.values()), promote_options="permissive").field(name).type
+        except pa.ArrowTypeError as error:
+            each = ", ".join(f"{one.field(name).type} in {split}" for split, one in kinds.items())
+            raise DataError(f"--keep-columns {name}: one type expected in all splits; got {each}: convert it, or leave "
+                            "the column out") from error  # fmt: skip
+    return found
 
 
 class ShardKeeper:
