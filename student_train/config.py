@@ -16,14 +16,19 @@ SAMPLING = ("group_by_length", "random", "sequential")
 class DistillationConfig(DistillationSettings, TrainingArguments):
     """Every field of transformers.TrainingArguments, and those of DistillationSettings.
 
-    Two defaults differ: batches are grouped by length, and columns that the model does not take are kept,
-    because the losses do. Raises ConfigError for settings that distillation cannot follow.
+    Three defaults differ: batches are grouped by length, columns that the model does not take are kept, because the
+    losses do, and a trainer that has an eval_dataset evaluates after every epoch. Raises ConfigError for settings that
+    distillation cannot follow.
     """
 
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": f"Order of rows: one of {', '.join(SAMPLING)}."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that the model does not take."})
+
+    eval_strategy: str = field(
+        default="epoch", metadata={"help": "When to evaluate, where there are rows to do it on: no, steps or epoch."}
+    )
 
     def __post_init__(self) -> None:
         self.check_settings()

@@ -7,6 +7,7 @@ DistillationTrainer(model=student, args=DistillationConfig(output_dir="out"), tr
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 import math
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, IntervalStrategy
 
 from ..store.errors import ConfigError, PredistillError
 from ..store.schema import LABELS
@@ -59,6 +60,9 @@ class DistillationTrainer(Trainer):
             raise ConfigError(f"args must be a DistillationConfig, not {type(args).__name__}")
         if more.get("compute_loss_func") is not None:
             raise ConfigError("compute_loss_func is not used: the loss is made of terms; give an objective")
+        if more.get("eval_dataset") is None and args.eval_strategy == "epoch":
+            args = copy.copy(args)
+            args.eval_strategy = IntervalStrategy.NO
         if more.get("data_collator") is None:
             pad = getattr(more.get("processing_class"), "pad_token_id", None)
             more["data_collator"] = DataCollatorForDistillation(0 if pad is None else pad)

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..store.errors import ConfigError
 
 DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".conll", ".bio")
+_OTHERS = (".txt", ".zip", ".tar", ".bz2", ".xz", ".zst", ".ndjson", ".xlsx", ".xml", ".yaml", ".pkl", ".npy", ".pt")
 _NAMED = re.compile(r"(?P<split>\w[\w.-]*)=(?P<path>.+)", re.DOTALL)
 
 
@@ -20,7 +21,7 @@ def looks_like_path(name: str) -> bool:
         or name.endswith(("/", ".gz"))
         or name.count("/") > 1
         or "\\" in name
-        or plain.endswith(DATA_SUFFIXES)
+        or plain.endswith((*DATA_SUFFIXES, *_OTHERS))
     )
 
 

@@ -111,7 +111,8 @@ def test_words_that_mean_nothing_to_csv_stay_text(tmp_path: Path) -> None:
 
 
 def test_what_looks_like_a_path_is_never_asked_of_the_hub(tmp_path: Path) -> None:
-    for name in ("nowhere.csv", "./nowhere", "/nowhere", "a/b/c", "~/nowhere", "nowhere/", "data/x.jsonl.gz", "a\\b"):
+    named = ("nowhere.csv", "data/nowhere.txt", "nowhere.zip", "data/x.jsonl.gz")
+    for name in (*named, "./nowhere", "/nowhere", "a/b/c", "~/nowhere", "nowhere/", "a\\b"):
         assert looks_like_path(name)
         with pytest.raises(ConfigError, match="is not there"):
             settings(name)

@@ -271,6 +271,9 @@ def test_the_command(tiny_tokenizer_dir: Path, tmp_path: Path, capfd: pytest.Cap
     bad = CliRunner().invoke(cli, [*words, str(other)])
     assert bad.exit_code == 1 and "teacher_logits is not what other says" in bad.stdout
     assert "teacher.weights_sha256 differs" in bad.stdout
+    wide = bert(tiny_tokenizer_dir, tmp_path / "wide", num_labels=7)
+    refused = CliRunner().invoke(cli, [*words, str(wide), "--json"])
+    assert refused.exit_code == 1 and "Error" in refused.stderr and json.loads(refused.stdout)["ok"] is False
     (tmp_path / "store" / "shards" / "train-00000.json").unlink()
     torn = CliRunner().invoke(cli, [*words, str(teacher), "--json"])
     assert torn.exit_code == 1 and "recheck" not in json.loads(torn.stdout)

@@ -215,6 +215,20 @@ def test_batches_of_one_accumulation_window_do_not_overwrite_each_other(store, t
         assert counts[1] == 24
 
 
+def test_rows_to_evaluate_on_are_evaluated_on_after_every_epoch(store, tmp_path):
+    """And a trainer without any trains; what the caller gave as arguments stays as it was."""
+    args = arguments(tmp_path, max_steps=-1, num_train_epochs=2)
+    student = bert(0)
+    for more, times in (({"eval_dataset": store.select("validation")}, 2), ({}, 0)):
+        trainer = DistillationTrainer(model=student, args=args, train_dataset=store.select("train"), **more)
+        trainer.train()
+        assert sum("eval_loss" in line for line in trainer.state.log_history) == times
+    assert args.eval_strategy == "epoch"
+    args = arguments(tmp_path, eval_strategy="steps")
+    with pytest.raises(ValueError, match="eval_dataset"):
+        DistillationTrainer(model=student, args=args, train_dataset=store.select("train"))
+
+
 def test_evaluation_is_exact_whatever_the_batches(store, teacher, tmp_path):
     rows, student = random_rows(21, 2, VOCABULARY), bert(0)
     found = []
