@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .errors import ConfigError, DataError
-from .schema import ARROW_TYPES, LOGITS, FieldSpec, entry_width, is_list, is_ragged, symbols
+from .schema import ARROW_TYPES, LARGEST_ENTRY, LOGITS, FieldSpec, entry_width, is_list, is_ragged, symbols
+from .strict import shown
 
 _BLOCK = 1 << 18  # values looked at together: 512 KB stay in the cache
 INT8_BLOCK = 128  # values that share a scale
@@ -173,11 +174,12 @@ def uint8_decode(parts: Sequence[np.ndarray], spec: FieldSpec) -> np.ndarray:
 
 
 def bitpack_parts(spec: FieldSpec) -> tuple[Part, ...]:
-    bits, (*outer, count) = _bits(spec), spec.shape
+    bits = _bits(spec)
+    *outer, count = spec.shape or ("",)
     if count == "K":
         return (Part("", spec.shape, "uint8", bits),)
     if not isinstance(count, int):
-        raise ConfigError(f"field {spec.name}: bitpack needs a fixed last axis, or K; got shape {spec.shape}")
+        raise ConfigError(f"field {spec.name}: bitpack needs a fixed last axis, or K; got shape {shown(spec.shape)}")
     return (Part("", (*outer, math.ceil(count * bits / 8)), "uint8"),)
 
 
@@ -213,7 +215,7 @@ def bitpack_decode(parts: Sequence[np.ndarray], spec: FieldSpec) -> np.ndarray:
 def _bits(spec: FieldSpec) -> int:
     bits = spec.parameters.get("bits")
     if type(bits) is not int or not 1 <= bits <= 32:
-        raise ConfigError(f"field {spec.name}: bitpack takes bits from 1 to 32; got {bits!r}")
+        raise ConfigError(f"field {spec.name}: bitpack takes bits from 1 to 32; got {shown(bits)}")
     return bits
 
 
@@ -229,12 +231,39 @@ WHOLE_COLUMN = ("bytes", "arrow")  # codecs that Arrow itself holds: not numbers
 def codec_of(spec: FieldSpec) -> Codec:
     if spec.codec not in CODECS:
         known = ", ".join([*CODECS, *WHOLE_COLUMN])
-        raise ConfigError(f"field {spec.name}: codec is one of {known}; got {spec.codec!r}")
+        raise ConfigError(f"field {spec.name}: codec is one of {known}; got {shown(spec.codec)}")
     return CODECS[spec.codec]
 
 
 def parts_of(spec: FieldSpec) -> tuple[Part, ...]:
     return codec_of(spec).parts(spec)
+
+
+def check_field(spec: FieldSpec) -> None:
+    """Raises ConfigError where such a column cannot be stored, or read: its codec, shape, dtype and pad disagree."""
+    pad, whole = spec.pad, spec.codec in WHOLE_COLUMN
+    if not (type(pad) is int or (type(pad) is float and math.isfinite(pad))):
+        raise ConfigError(f"field {spec.name}: pad is a finite number; got {shown(pad)}")
+    if whole and spec.shape:
+        raise ConfigError(f"field {spec.name}: {spec.codec} takes no shape; got {shown(spec.shape)}")
+    parts = () if whole else parts_of(spec)
+    if any(entry_width(part.shape) >= LARGEST_ENTRY for part in parts):
+        raise ConfigError(f"field {spec.name}: fewer than {LARGEST_ENTRY} bytes expected; got {shown(spec.shape)}")
+    if spec.codec == "bitpack" and "int" not in spec.dtype:
+        raise ConfigError(f"field {spec.name}: bitpack gives whole numbers; got dtype {spec.dtype}")
+    padded = [] if whole else [np.dtype("float32" if spec.dtype == "bfloat16" or len(parts) > 1 else spec.dtype)]
+    padded += [part.numpy_dtype for part in parts if len(parts) == 1 and is_list(part.shape)]  # before it is decoded
+    for dtype in padded:
+        low, high = _range(dtype)
+        if not low <= pad <= high:
+            raise ConfigError(f"field {spec.name}: a pad from {low} to {high}, as {dtype} has it; got {shown(pad)}")
+
+
+def _range(dtype: np.dtype) -> tuple[float, float]:
+    """The least and the largest value that it holds."""
+    if dtype.kind == "f":
+        return float(np.finfo(dtype).min), float(np.finfo(dtype).max)
+    return (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
 
 
 def stored_parts(spec: FieldSpec) -> tuple[str, ...]:

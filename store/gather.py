@@ -9,7 +9,6 @@ twice (docs/experiments.md).
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ import pyarrow as pa
 from . import schema
 from .codecs import WHOLE_COLUMN, Part, codec_of, parts_of, stored_parts
 from .errors import StoreCorrupt
-from .mapped import MOST, MappedShard
+from .mapped import MOST, MappedShard, check_counts, check_square, counting
 from .rows import BatchRows, Extent, Opened
 from .schema import FieldSpec
 
@@ -137,20 +136,16 @@ class Gather:
 
     def _take_square(self, spec: FieldSpec, part: Part, rows: BatchRows, slot: Slot) -> np.ndarray:
         """(H, S, S) and the like: each row cut out of the padding on every axis."""
-        lengths = rows.lengths(spec.name, "S")
-        longest = int(lengths.max(initial=0))
-        shape = tuple(longest if isinstance(size, str) else size for size in part.shape)
+        lengths = {symbol: rows.lengths(spec.name, symbol) for symbol in schema.symbols(part.shape)}
+        shape = tuple(int(lengths[size].max(initial=0)) if isinstance(size, str) else size for size in part.shape)
         out = slot.array((spec.name, part.name), (rows.count, *shape), part.numpy_dtype)
         out[...] = 0
         for shard, places, local in rows.groups():
             values, starts = self.extent(shard, spec.name, part)
             assert starts is not None
             for place, row in rows.pairs(places, local):
-                stored = values[starts[row] : starts[row + 1], 0]
-                own = tuple(int(lengths[place]) if isinstance(size, str) else size for size in part.shape)
-                if stored.size != math.prod(own):
-                    raise StoreCorrupt(f"column {spec.name}: a row of shape {own} holds {stored.size} values")
-                out[place][tuple(slice(size) for size in own)] = stored.reshape(own)
+                own = tuple(int(lengths[size][place]) if isinstance(size, str) else size for size in part.shape)
+                out[place][tuple(slice(size) for size in own)] = values[starts[row] : starts[row + 1], 0].reshape(own)
         return out
 
     def _ragged(self, spec: FieldSpec, rows: BatchRows, slot: Slot) -> np.ndarray:
@@ -170,22 +165,30 @@ class Gather:
 
     def _counts(self, spec: FieldSpec, rows: BatchRows, slot: Slot) -> np.ndarray:
         """int64 [B, longest]: entries that each position keeps, 0 past the row's end."""
-        counting = next((one for one in self.fields if one.name == spec.parameters["counts"]), None)
-        if counting is None or counting.shape != spec.shape[:1] or counting.codec != "dense" or counting.pad:
-            raise StoreCorrupt(f"column {spec.name}: no column of counts {spec.parameters['counts']!r} beside it")
-        [part] = self.parts[counting.name]
-        return self._take(counting, part, rows, slot).astype(np.int64)
+        opened = [self.opened(shard) for shard, _, _ in rows.groups()]
+        where = _where(opened)
+        beside = counting(spec, self.fields, where)
+        counts = self._take(beside, self.parts[beside.name][0], rows, slot).astype(np.int64)
+        [part] = [one for one in self.parts[spec.name] if schema.is_ragged(one.shape)]
+        held = max((len(one.extents[spec.name, part.name].values) for one in opened), default=0)
+        check_counts(spec, part, counts, held, where)
+        return counts
 
     def _take_ragged(self, spec: FieldSpec, part: Part, sizes: np.ndarray, rows: BatchRows, slot: Slot) -> np.ndarray:
         """Zero where a position has fewer values than the longest. sizes: int64 [B, longest]."""
         totals, width = sizes.sum(axis=1), int(sizes.max(initial=0))
+        for shard, places, local in rows.groups():  # before a stranger's counts ask for memory
+            opened, starts = self.opened(shard), self.extent(shard, spec.name, part).starts
+            assert starts is not None
+            if not np.array_equal(starts[local + 1] - starts[local], totals[places]):
+                raise StoreCorrupt(
+                    f"{opened.mapped.path}: rows of {spec.name} hold another number of values than their counts tell"
+                )
         flat = slot.array((spec.name, part.name, "flat"), (int(totals.sum()),), part.numpy_dtype)
         ends = totals.cumsum()
         for shard, places, local in rows.groups():
             values, starts = self.extent(shard, spec.name, part)
             assert starts is not None
-            if not np.array_equal(starts[local + 1] - starts[local], totals[places]):
-                raise StoreCorrupt(f"column {spec.name}: rows hold another number of values than their counts tell")
             for place, row in rows.pairs(places, local):
                 flat[ends[place] - totals[place] : ends[place]] = values[starts[row] : starts[row + 1], 0]
         out = slot.array((spec.name, part.name), (*sizes.shape, width), part.numpy_dtype)
@@ -197,7 +200,9 @@ class Gather:
         found: list[Any] = [None] * rows.count
         for shard, places, local in rows.groups():
             chosen = pa.Array.from_buffers(pa.int64(), len(local), [None, pa.py_buffer(np.ascontiguousarray(local))])
-            taken = self.opened(shard).mapped.checked(spec.name).take(chosen).to_pylist()
+            mapped = self.opened(shard).mapped
+            column = mapped.checked(spec.name)
+            taken = mapped.as_python(spec.name, functools.partial(_listed, column, chosen))
             for (place, _), value in zip(rows.pairs(places, local), taken, strict=True):
                 found[place] = value
         return found
@@ -211,7 +216,7 @@ def _opened(
     rows = int(first_row[shard + 1] - first_row[shard])
     if mapped.rows != rows:
         raise StoreCorrupt(f"{mapped.path}: {rows} rows by the manifest; got {mapped.rows}")
-    leaders: dict[Any, np.ndarray] = {}
+    leaders, squares = dict[Any, np.ndarray](), list[tuple[FieldSpec, Part, np.ndarray]]()
     for spec in fields:
         for part in parts.get(spec.name, ()):
             values, starts = mapped.part(spec, part)
@@ -220,8 +225,22 @@ def _opened(
                 if leader is not starts and not np.array_equal(leader, starts):
                     raise StoreCorrupt(f"{mapped.path}: column {spec.name} has other lengths than its row's tokens")
                 starts = leader  # one copy in cache for all columns
+            elif starts is not None and not schema.is_list(part.shape) and not schema.is_ragged(part.shape):
+                squares.append((spec, part, starts))
             extents[spec.name, part.name] = Extent(values, starts)
+    for spec, part, starts in squares:
+        check_square(mapped.path, spec, part, starts, leaders)
     return Opened(mapped, extents)
+
+
+def _where(opened: Sequence[Opened]) -> str:
+    """The shard's file, or the folder of several."""
+    paths = [one.mapped.path for one in opened]
+    return str(paths[0] if len(paths) == 1 else paths[0].parent) if paths else "no shard"
+
+
+def _listed(column: pa.Array, rows: pa.Array) -> list[Any]:
+    return column.take(rows).to_pylist()
 
 
 def _take_into(values: np.ndarray, entries: np.ndarray, out: np.ndarray, places: slice | np.ndarray) -> None:

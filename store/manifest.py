@@ -9,24 +9,30 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from .errors import StoreCorrupt, StoreError, StoreIncomplete
 from .identity import digest, file_sha256
-from .schema import FORMAT_VERSION, FieldSpec, check_version
+from .schema import ADDRESS_COLUMNS, FORMAT_VERSION, FieldSpec, check_version
 from .shard import ShardPlan, fsync_folder
+from .strict import BEYOND, LARGEST_SIDECAR, check_inside, is_count, is_entry, is_sha256, member, read_json, shown
+from .strict import LARGEST_JSON as LARGEST_JSON
+from .strict import check_name as check_name
+from .strict import parse_json as parse_json
 
 PLAN, MANIFEST, SHARDS = "plan.json", "store.json", "shards"
 FOLDERS = ("tokenizer", "processor")
 INDEX, SAMPLES, CARD, LOCK = "index.duckdb", "samples.parquet", "README.md", ".lock"
 GROWING = ("rows", "rows_sha256")  # of a dataset's identity: what the parts of a plan that grows add up to
 NAMED = ("teacher", "tokenizer", "processor", "dataset")  # parts of the identity whose "name" is information only
-LARGEST_JSON = 1 << 30  # bytes; a manifest of a million shards is 300 MB
-_SAFE = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-.")
+_OBJECTS = (*NAMED, "versions")  # parts of the identity that are objects, where they are there
+_COUNTS = ("bytes", "rows", "tokens")  # of a shard
+_LEAST = 28  # bytes of a row: its address
 
 
 @dataclass(frozen=True)
@@ -77,51 +83,35 @@ class Plan:
         return digest(plan)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], where: str) -> Plan:
+    def from_json(cls, data: Any, where: str) -> Plan:
+        """Raises StoreCorrupt, FormatVersionError."""
+        if type(data) is not dict:
+            raise StoreCorrupt(f"{where}: a plan is one JSON object; got {shown(data)}")
         check_version(data.get("format_version"), where)
-        try:
-            shards = [ShardPlan(**shard) for shard in data["shards"]]
-            fields = [FieldSpec.from_json(spec) for spec in data["fields"]]
-            plan = cls(
-                data["task"], dict(data["settings"]), dict(data["identity"]), fields, shards, data["label_names"],
-                data.get("grows_by"),
-            )  # fmt: skip
-            if plan.grows_by is not None and not (type(plan.grows_by) is int and dict(plan.identity["dataset"])):
-                raise ValueError(f"grows_by is {plan.grows_by!r}")
-        except (KeyError, TypeError, ValueError) as error:
-            raise StoreCorrupt(f"{where} is not a plan ({type(error).__name__}: {error})") from error
-        for shard in shards:
-            check_name(shard.name, where)
-        return plan
+        settings, identity = (member(data, name, dict, where) for name in ("settings", "identity"))
+        for name in _OBJECTS:
+            if identity.get(name) is not None:
+                member(identity, name, dict, f"{where}: identity")
+        shards = [ShardPlan.from_json(one, where) for one in member(data, "shards", list, where)]
+        names, grows_by = data.get("label_names"), data.get("grows_by")
+        if names is not None and not (type(names) in (list, dict) and all(type(one) is str for one in names)):
+            raise StoreCorrupt(f"{where}: label_names is a list of strings, or null; got {shown(names)}")
+        if grows_by is not None and not (grows_by and is_count(grows_by) and identity.get("dataset")):
+            raise StoreCorrupt(f"{where}: grows_by is a number of rows of identity.dataset; got {shown(grows_by)}")
+        fields = _fields(member(data, "fields", list, where), where)
+        return cls(member(data, "task", str, where), settings, identity, fields, shards, names, grows_by)
 
 
-def check_name(name: Any, where: str) -> str:
-    """A split's or shard's name must be a plain file name: a stranger's manifest may not lead out of its folder."""
-    if not (isinstance(name, str) and name and set(name) <= _SAFE and not name.startswith(".")):
-        raise StoreCorrupt(f"{where}: {name!r} is not a plain file name")
-    return name
+def _fields(described: list[Any], where: str) -> list[FieldSpec]:
+    fields = [FieldSpec.from_json(one, where) for one in described]
+    [(name, times)] = Counter([*ADDRESS_COLUMNS, *(spec.name for spec in fields)]).most_common(1)
+    if times > 1:
+        raise StoreCorrupt(f"{where}: columns of different names expected; got {shown(name)} {times} times")
+    return fields
 
 
 def shard_path(folder: Path, name: str) -> Path:
     return folder / SHARDS / f"{name}.arrow"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises StoreCorrupt where the file is not one JSON object."""
-    if path.stat().st_size > LARGEST_JSON:
-        raise StoreCorrupt(f"{path}: {path.stat().st_size} bytes is no manifest")
-    return parse_json(path.read_bytes(), str(path))
-
-
-def parse_json(text: bytes, where: str) -> dict[str, Any]:
-    """Raises StoreCorrupt where it is not one JSON object."""
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise StoreCorrupt(f"{where} is not JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise StoreCorrupt(f"{where}: one JSON object expected; got {type(data).__name__}")
-    return data
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -170,29 +160,28 @@ def check_manifest(manifest: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def plan_of(manifest: Mapping[str, Any], where: str) -> Plan:
-    """The plan a manifest was made from; its shard entries are checked too."""
-    plan = Plan.from_json(manifest.get("plan") or {}, where)
-    try:
-        entries = manifest["shards"]
-        names = [check_name(entry["name"], where) for entry in entries]
-        sound = all(
-            type(entry[key]) is int and 0 <= entry[key] < 2**62
-            for entry in entries
-            for key in ("rows", "bytes", "tokens")
-        )
-    except (KeyError, TypeError) as error:
-        raise StoreCorrupt(f"{where}: its list of shards cannot be read ({error!r})") from error
-    files = manifest.get("files", {})
-    if not isinstance(files, dict) or not all(_is_inside(name) for name in files):
-        raise StoreCorrupt(f"{where}: its list of files leads out of the folder")
-    if not sound or names != [shard.name for shard in plan.shards] or len(set(names)) != len(names):
+    """The plan a manifest was made from; its lists of shards and files are checked too. Raises StoreCorrupt,
+    FormatVersionError."""
+    plan, made = Plan.from_json(manifest.get("plan"), where), dict(manifest)
+    entries, files = member(made, "shards", list, where), member({"files": {}, **made}, "files", dict, where)
+    if not is_sha256(made.get("fingerprint")):
+        raise StoreCorrupt(f"{where}: fingerprint is a sha256, in hex; got {shown(made.get('fingerprint'))}")
+    for entry in entries:
+        if not is_entry(entry, *_COUNTS) or entry["rows"] * _LEAST > entry["bytes"]:
+            raise StoreCorrupt(
+                f"{where}: a shard has a name, a sha256, bytes, rows of at least {_LEAST} bytes, and tokens; got "
+                f"{shown(entry)}"
+            )
+    names = [entry.get("name") for entry in entries]
+    if names != [shard.name for shard in plan.shards] or len(set(names)) != len(names):
         raise StoreCorrupt(f"{where}: its list of shards is not the plan's")
+    if not all(is_count(sum(entry[name] for entry in entries)) for name in _COUNTS):
+        raise StoreCorrupt(f"{where}: its shards hold more than {BEYOND} bytes, rows or tokens")
+    for name, entry in files.items():
+        check_inside(name, where)
+        if not is_entry(entry, "bytes"):
+            raise StoreCorrupt(f"{where}: a file has a sha256 and bytes; got {shown(entry)} for {shown(name)}")
     return plan
-
-
-def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and "\\" not in name and path.as_posix() == name
 
 
 def committed(folder: Path, plan: Plan) -> dict[str, dict[str, Any]]:
@@ -210,13 +199,21 @@ def is_committed(folder: Path, plan: Plan, shard: ShardPlan) -> bool:
     return _sidecar(folder, plan.fingerprint, shard.name) is not None
 
 
+def read_sidecar(shard: Path) -> dict[str, Any]:
+    """What stands beside a shard: {"sha256", "bytes", "rows", "tokens", "fingerprint"}. Raises StoreCorrupt."""
+    entry = read_json(shard.with_suffix(".json"), LARGEST_SIDECAR)
+    if not is_entry(entry, *_COUNTS):
+        raise StoreCorrupt(f"{shard.with_suffix('.json')}: sha256, bytes, rows and tokens expected; got {shown(entry)}")
+    return entry
+
+
 def _sidecar(folder: Path, fingerprint: str, name: str) -> dict[str, Any] | None:
     path = shard_path(folder, name)
     try:
-        entry = read_json(path.with_suffix(".json"))
-        sound = entry["fingerprint"] == fingerprint and path.stat().st_size == entry["bytes"]
-        return {key: entry[key] for key in ("sha256", "bytes", "rows", "tokens")} if sound else None
-    except (FileNotFoundError, StoreCorrupt, KeyError):
+        entry = read_sidecar(path)
+        sound = entry.get("fingerprint") == fingerprint and path.stat().st_size == entry["bytes"]
+        return {key: entry[key] for key in ("sha256", *_COUNTS)} if sound else None
+    except (FileNotFoundError, StoreCorrupt):
         return None
 
 

@@ -6,21 +6,26 @@ import copy
 import errno
 import functools
 import json
+import math
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from . import schema
-from .codecs import Part
+from .codecs import STORED_AS, Part
 from .errors import StoreCorrupt, StoreError
 from .schema import FieldSpec
 
 MOST = 4096  # shards that stay mapped; Linux gives a process 65,530 maps, and one costs 16 KB of heap besides
+Value = TypeVar("Value")
+UNREADABLE = (  # types that Arrow has no kernel for, times past the year 9999, unknown zones; Arrow's errors are these
+    ArithmeticError, ValueError, LookupError, TypeError, NotImplementedError, RecursionError,
+)  # fmt: skip
 _NO_MAPS = tuple(os.strerror(code) for code in (errno.ENOMEM, errno.EMFILE, errno.ENFILE))
 
 
@@ -106,6 +111,17 @@ class MappedShard:
             self._checked.add(name)
         return self._array(name)
 
+    def as_python(self, name: str, convert: Callable[[], Value]) -> Value:
+        """What `convert` makes of a carried column. Raises StoreCorrupt where Python has no such values."""
+        try:
+            return convert()
+        except UNREADABLE as error:
+            kind = str(self._array(name).type).split("\n")[0][:100]  # a stranger's struct has names of any length
+            raise StoreCorrupt(
+                f"{self.path}: column {name} is {kind}, with values that Python cannot hold "
+                f"({_one_line(error)}); read the other columns"
+            ) from error
+
     def offset(self, values: np.ndarray) -> int:
         """Where in the file a view starts, in bytes."""
         return values.ctypes.data - self._base
@@ -143,6 +159,50 @@ class MappedShard:
         if not entries:
             return np.zeros((0, width), part.numpy_dtype), starts
         return np.frombuffer(data, part.numpy_dtype, entries * width).reshape(entries, width), starts
+
+
+def check_square(
+    where: Path, spec: FieldSpec, part: Part, starts: np.ndarray, leaders: Mapping[Any, np.ndarray]
+) -> None:
+    """Does each row of a column like (H, "S", "S") hold the values that its tokens ask for? Raises StoreCorrupt.
+
+    leaders: int64 [rows + 1], where rows of "S" and of "P" start.
+    """
+    unknown = next((symbol for symbol in schema.symbols(part.shape) if symbol not in leaders), None)
+    if unknown is not None:
+        raise StoreCorrupt(f"{where}: column {spec.name}: no column tells how long its rows are ({unknown})")
+    lengths = {symbol: np.diff(own).astype(np.float64) for symbol, own in leaders.items()}
+    with np.errstate(over="ignore", invalid="ignore"):  # float64 is exact below 2**53, where int64 would wrap
+        sizes: list[Any] = [lengths[size] if isinstance(size, str) else float(size) for size in part.shape]
+        wanted: Any = math.prod(sizes)
+    bad = np.diff(starts) != wanted
+    if bad.any():
+        row = int(bad.argmax())
+        raise StoreCorrupt(
+            f"{where}: column {spec.name}: row {row} holds {starts[row + 1] - starts[row]} values; "
+            f"{wanted[row]:.0f} expected by its shape {spec.shape}"
+        )
+
+
+def counting(spec: FieldSpec, fields: Sequence[FieldSpec], where: object) -> FieldSpec:
+    """The column that tells how many entries each position of a column with a "K" keeps. Raises StoreCorrupt."""
+    name = spec.parameters["counts"]
+    found = next((one for one in fields if one.name == name and one.shape == spec.shape[:1]), None)
+    if found is None or found.codec != "dense" or found.pad:
+        raise StoreCorrupt(f"{where}: column {spec.name} has no column of counts {name!r} beside it")
+    if found.dtype in STORED_AS or not pa.types.is_integer(schema.ARROW_TYPES[found.dtype]):
+        raise StoreCorrupt(f"{where}: counts of {spec.name} are whole numbers; {name} is {found.dtype}")
+    return found
+
+
+def check_counts(spec: FieldSpec, part: Part, counts: np.ndarray, held: int, where: object) -> None:
+    """Raises StoreCorrupt unless each int64 count is one that a shard with `held` values of a part can have."""
+    most = held * 8 // part.bits if part.bits else held
+    if counts.size and not (counts.min() >= 0 and counts.max() <= most):
+        raise StoreCorrupt(
+            f"{where}: counts of {spec.name} are 0 to {most}, as many as are stored; "
+            f"got {counts.min()} to {counts.max()}"
+        )
 
 
 def _same_type(found: pa.DataType, expected: pa.DataType) -> bool:

@@ -110,7 +110,9 @@ class Member(TeacherStore):
         self._stored = {name: said.columns.get(name, name) for name in stored}
         self._recent = recent(self._map)
         first = {name for name, spec in whole.fields.items() if spec.role == "summary" and name.startswith(PLAIN)}
-        self._index = Index(whole.path) if said.prefix == PLAIN else MemberIndex(whole.path, said.columns, first)
+        rows = int(whole.first_row[-1])
+        plainly = said.prefix == PLAIN
+        self._index = Index(whole.path, rows) if plainly else MemberIndex(whole.path, rows, said.columns, first)
 
     def _map(self, shard: int) -> MappedShard:
         return self.whole.mapped(shard).by_names(self._stored)
@@ -137,8 +139,8 @@ class MemberIndex(Index):
     columns: that teacher's, plain to stored; hidden: those of the first teacher.
     """
 
-    def __init__(self, folder: Path, columns: Mapping[str, str], hidden: Collection[str]):
-        super().__init__(folder)
+    def __init__(self, folder: Path, rows: int, columns: Mapping[str, str], hidden: Collection[str]):
+        super().__init__(folder, rows)
         self._columns, self._hidden = columns, hidden
 
     @property

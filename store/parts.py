@@ -18,9 +18,10 @@ from typing import Any
 
 from .errors import StoreCorrupt
 from .identity import digest
-from .manifest import Plan, check_name, read_json, sealed, write_json
+from .manifest import Plan, sealed, write_json
 from .schema import FORMAT_VERSION, check_version
 from .shard import ShardPlan
+from .strict import is_count, is_sha256, member, read_json
 
 FILE = re.compile(r"plan-(\d{4,})\.json")
 
@@ -46,17 +47,13 @@ class Part:
     @classmethod
     def from_json(cls, data: dict[str, Any], where: str) -> Part:
         check_version(data.get("format_version"), where)
-        try:
-            shards = [ShardPlan(**shard) for shard in data["shards"]]
-            part = cls(data["split"], data["start"], data["stop"], data["ended"], data["rows_sha256"], shards)
-            sound = 0 <= part.start < part.stop and isinstance(part.rows_sha256, str) and shards
-            if not sound or any((s.split, s.start, s.stop) != (part.split, part.start, part.stop) for s in shards):
-                raise ValueError("its shards are not of its rows")
-        except (KeyError, TypeError, ValueError) as error:
-            raise StoreCorrupt(f"{where} is not a part of a plan ({type(error).__name__}: {error})") from error
-        for shard in shards:
-            check_name(shard.name, where)
-        return part
+        shards = [ShardPlan.from_json(one, where) for one in member(data, "shards", list, where)]
+        split, rows_sha256 = (member(data, name, str, where) for name in ("split", "rows_sha256"))
+        start, stop = (member(data, name, int, where) for name in ("start", "stop"))
+        sound = shards and is_count(start) and is_count(stop) and start < stop and is_sha256(rows_sha256)
+        if not sound or any((one.split, one.start, one.stop) != (split, start, stop) for one in shards):
+            raise StoreCorrupt(f"{where} is not a part of a plan: rows, their sha256 and shards of just them expected")
+        return cls(split, start, stop, member(data, "ended", bool, where), rows_sha256, shards)
 
 
 class Parts:

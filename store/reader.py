@@ -20,7 +20,7 @@ import numpy as np
 
 from . import manifest, schema
 from .codecs import WHOLE_COLUMN, stored_parts
-from .errors import ConfigError
+from .errors import ConfigError, StoreCorrupt
 from .gather import Allocate, Gather, Slot, allocate
 from .index import Index, MemoryIndex
 from .mapped import MappedShard, recent
@@ -61,7 +61,7 @@ class TeacherStore:
         self.first_row = np.zeros(len(plan.shards) + 1, np.int64)
         np.cumsum([entry["rows"] for entry in made["shards"]], out=self.first_row[1:])
         self._recent = recent(self._map)
-        self._index = Index(self.path)
+        self._index = Index(self.path, int(self.first_row[-1]))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], allow_partial: bool = False) -> TeacherStore:
@@ -138,7 +138,10 @@ class TeacherStore:
         return self._recent(shard)
 
     def _map(self, shard: int) -> MappedShard:
-        return MappedShard(self.shard_path(shard))
+        mapped, said = MappedShard(self.shard_path(shard)), self.manifest["shards"][shard]["bytes"]
+        if mapped.bytes != said:
+            raise StoreCorrupt(f"{mapped.path}: {said} bytes by the manifest; got {mapped.bytes}")
+        return mapped
 
     def longest(self, ids: np.ndarray | range) -> tuple[int, int] | None:
         """(place, tokens) of the longest of some sample_ids, by the index; None where there is none to ask."""
@@ -168,10 +171,21 @@ class TeacherStore:
                 self._index = MemoryIndex(self.path, self.manifest)
             return self._index.sample_ids(where, split)
         numbers = [at for at, shard in enumerate(self.shards) if split in (None, shard.split)]
+        self._check_largest(numbers)
         if numbers and numbers == list(range(numbers[0], numbers[-1] + 1)):
             return range(int(self.first_row[numbers[0]]), int(self.first_row[numbers[-1] + 1]))
         pieces = [np.arange(self.first_row[at], self.first_row[at + 1]) for at in numbers]
         return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
+
+    def _check_largest(self, numbers: Sequence[int]) -> None:
+        """Before memory is taken for as many rows as the manifest counts: is the largest of these shards, where it is
+        here, as large as it says?"""
+        largest = numbers[int(np.diff(self.first_row)[numbers].argmax())] if numbers else 0
+        if not numbers or not self.shard_path(largest).is_file():
+            return
+        said, found = self.manifest["shards"][largest]["bytes"], self.shard_path(largest).stat().st_size
+        if found != said:
+            raise StoreCorrupt(f"{self.shard_path(largest)}: {said} bytes by the manifest; got {found}")
 
 
 class TeacherRows:

@@ -24,13 +24,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
 from .errors import ConfigError, FormatVersionError, StoreCorrupt
+from .strict import reason, shown
 
 FORMAT_VERSION = 1
 MISSING_LABEL = -100  # what transformers' losses ignore
@@ -72,6 +74,10 @@ ADDRESS_COLUMNS = {  # written into every shard, before the fields
 
 SYMBOLS = ("S", "P", "K", "*")
 ROLES = ("input", "label", "teacher", "summary", "carried")
+MOST_SIZES = 16  # of a shape; numpy takes 64 axes
+LARGEST_ENTRY = 2**31  # values that Arrow takes in a list of fixed size, and one more
+LONGEST_NAME = 1000  # characters of a column's name
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]").search
 _LAYERED = ("hidden_states", "attentions", "attention_scores", "queries", "keys", "values")
 
 # dtype of a field -> Arrow type that stores it (bfloat16 as its 16 bits, bool as a byte)
@@ -125,31 +131,56 @@ class FieldSpec:
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not (type(self.name) is str and len(self.name) <= LONGEST_NAME and not _CONTROL(self.name)):
+            raise ConfigError(
+                f"a field's name is a string of at most {LONGEST_NAME} characters, without control characters; got "
+                f"{shown(self.name)}"
+            )
         object.__setattr__(self, "shape", tuple(self.shape))
         if self.role not in ROLES:
-            raise ConfigError(f"field {self.name}: role is one of {', '.join(ROLES)}; got {self.role!r}")
+            raise ConfigError(f"field {self.name}: role is one of {', '.join(ROLES)}; got {shown(self.role)}")
+        if not (isinstance(self.parameters, Mapping) and type(self.codec) is type(self.dtype) is str):
+            raise ConfigError(
+                f"field {self.name}: codec and dtype are strings and parameters an object; got {shown(self.codec)}, "
+                f"{shown(self.dtype)}, {shown(self.parameters)}"
+            )
         if "K" in self.shape and (
             not is_ragged(self.shape) or type(self.parameters.get("counts")) is not str or self.codec == "int8"
         ):
             raise ConfigError(
                 f'field {self.name}: "K" comes last, after "S" or "P", with parameters["counts"] the column of '
-                f"counts, in another codec than int8; got shape {self.shape}, {self.codec}, {dict(self.parameters)}"
+                f"counts, in another codec than int8; got shape {shown(self.shape)}, {shown(self.codec)}, "
+                f"{shown(self.parameters)}"
             )
         for size in self.shape:
-            if not (size in SYMBOLS or (type(size) is int and 0 < size < 2**31)):
-                raise ConfigError(f"field {self.name}: a size is a positive int or one of S, P, K, *; got {size!r}")
+            if not (size in SYMBOLS or (type(size) is int and 0 < size < LARGEST_ENTRY)):
+                raise ConfigError(
+                    f"field {self.name}: a size is a positive int or one of S, P, K, *; got {shown(size)}"
+                )
+        if len(self.shape) > MOST_SIZES or math.prod(s for s in self.shape if type(s) is int) >= LARGEST_ENTRY:
+            raise ConfigError(
+                f"field {self.name}: at most {MOST_SIZES} sizes, and fewer than {LARGEST_ENTRY} values of fixed sizes, "
+                f"expected; got shape {shown(self.shape)}"
+            )
         if self.codec != "arrow" and self.codec != "bytes" and self.dtype not in ARROW_TYPES:
-            raise ConfigError(f"field {self.name}: dtype is one of {', '.join(ARROW_TYPES)}; got {self.dtype!r}")
+            raise ConfigError(f"field {self.name}: dtype is one of {', '.join(ARROW_TYPES)}; got {shown(self.dtype)}")
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "shape": list(self.shape), "parameters": dict(self.parameters)}
+        return {**vars(self), "shape": list(self.shape), "parameters": dict(self.parameters)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> FieldSpec:
+    def from_json(cls, data: Any, where: str = "a shard") -> FieldSpec:
+        """Raises StoreCorrupt, also where the codec does not take such a field."""
+        from .codecs import check_field
+
         try:
-            return cls(**{**data, "shape": tuple(data["shape"])})
-        except (TypeError, KeyError, ConfigError) as error:
-            raise StoreCorrupt(f"field description {str(data)[:200]} cannot be read: {error}") from error
+            if type(data["shape"]) is not list or type(data.get("parameters", {})) is not dict:
+                raise TypeError("its shape is a list and its parameters are an object")
+            made = cls(**data)
+            check_field(made)
+            return made
+        except (TypeError, KeyError, AttributeError, ConfigError) as error:
+            raise StoreCorrupt(f"{where}: field description {shown(data)} cannot be read: {reason(error)}") from error
 
 
 def symbols(shape: Sequence[int | str]) -> list[str]:
@@ -204,8 +235,9 @@ def metadata(fields: Sequence[FieldSpec], shard: Mapping[str, Any], fingerprint:
 def check_version(version: Any, where: str) -> None:
     """Raises FormatVersionError for a store from the future, StoreCorrupt for no version at all."""
     if type(version) is not int or version < 1:
-        raise StoreCorrupt(f"{where}: format_version is a positive int; got {version!r}")
+        raise StoreCorrupt(f"{where}: format_version is a positive int; got {shown(version)}")
     if version > FORMAT_VERSION:
         raise FormatVersionError(
-            f"{where} was made by a newer predistill (format {version}); this one reads {FORMAT_VERSION}: upgrade it"
+            f"{where} was made by a newer predistill (format {shown(version)}); this one reads {FORMAT_VERSION}: "
+            "upgrade it"
         )

@@ -19,8 +19,9 @@ import pyarrow as pa
 from . import schema
 from .buffers import Buffer, Memory, RaggedBuffer, entries_of, leaf
 from .codecs import WHOLE_COLUMN, Part, check_values, codec_of, parts_of
-from .errors import DataError
+from .errors import DataError, StoreCorrupt
 from .schema import FieldSpec
+from .strict import check_name, is_count, shown
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,21 @@ class ShardPlan:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any, where: str) -> ShardPlan:
+        """Raises StoreCorrupt."""
+        try:
+            made = cls(**data)
+        except TypeError:
+            made = cls("", 0, 0, -1)
+        counts = is_count(made.number) and is_count(made.start) and is_count(made.stop) and is_count(made.view, 2**31)
+        if not (counts and made.start <= made.stop and type(made.split) is str):
+            raise StoreCorrupt(
+                f"{where}: a shard has a split, a number, the rows from start to stop, and a view; got {shown(data)}"
+            )
+        check_name(made.name, where)
+        return made
 
 
 class ShardBuilder:

@@ -16,7 +16,7 @@ from .codecs import WHOLE_COLUMN, Part, parts_of
 from .errors import ConfigError, FormatVersionError, PredistillError, StoreCorrupt, StoreError, StoreIncomplete
 from .identity import file_sha256
 from .manifest import Plan, shard_path
-from .mapped import MappedShard
+from .mapped import MappedShard, check_counts, check_square, counting
 from .members import TEACHERS, tellers
 from .parts import part_names
 from .reader import TeacherStore
@@ -25,6 +25,7 @@ from .schema import INPUT_IDS, FieldSpec, is_list, is_ragged
 from .shard import ShardPlan
 from .shared import LEASE
 
+OTHERS = (".gitattributes", ".cache", ".git")  # of who copied the store
 KNOWN = {
     manifest.PLAN,
     manifest.MANIFEST,
@@ -34,9 +35,7 @@ KNOWN = {
     manifest.CARD,
     manifest.LOCK,
     *manifest.FOLDERS,
-    ".gitattributes",
-    ".cache",
-    ".git",
+    *OTHERS,
 }
 
 Problem = dict[str, str]
@@ -70,7 +69,7 @@ def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
         found["shards"] += 1
         found["samples"] += entry["rows"]
         found["bytes"] += entry["bytes"]
-    problems += _extra_problems(folder, plan)
+    problems += [*_extra_problems(folder, plan), *_folder_problems(folder, made), *_link_problems(folder)]
     if not bad_shards:  # an index can only be held against sound shards
         problems += _index_problems(folder, made)
         problems += _pixel_problems(folder)
@@ -159,29 +158,33 @@ def check_structure(path: Path, plan: Plan, shard: ShardPlan, entry: Mapping[str
         raise StoreCorrupt(f"{path} is another shard, or another store's: it says it is {mapped.place}")
     if mapped.rows != entry["rows"] or mapped.fields != plan.fields:
         raise StoreCorrupt(f"{path} does not hold the rows or fields of the plan")
-    lengths: dict[Any, Any] = {}
+    lengths, squares = dict[Any, Any](), list[tuple[FieldSpec, Part, Any]]()
     for spec in plan.fields:
+        mapped.column(spec.name)
         for part in parts_of(spec) if spec.codec not in WHOLE_COLUMN else ():
             _, starts = mapped.part(spec, part)
             if starts is not None and is_list(part.shape) and part.shape[0] != "*":
                 leader = lengths.setdefault(part.shape[0], starts)
                 if (leader != starts).any():
                     raise StoreCorrupt(f"{path}: column {spec.name} has other lengths than its row's {INPUT_IDS}")
-            if is_ragged(part.shape):
+            elif is_ragged(part.shape):
                 _check_counts(mapped, plan, spec, part, starts)
+            elif starts is not None and not is_list(part.shape):
+                squares.append((spec, part, starts))
+    for spec, part, starts in squares:
+        check_square(path, spec, part, starts, lengths)
     return mapped
 
 
 def _check_counts(mapped: MappedShard, plan: Plan, spec: FieldSpec, part: Part, starts: Any) -> None:
     """Does each row hold as many values as the counts of its positions tell?"""
-    name = spec.parameters["counts"]
-    counting = next((one for one in plan.fields if one.name == name and one.shape == spec.shape[:1]), None)
-    if counting is None or counting.codec != "dense":
-        raise StoreCorrupt(f"{mapped.path}: column {spec.name} has no column of counts {name!r} beside it")
-    values, rows = mapped.part(counting, *parts_of(counting))
-    before = np.concatenate([[0], np.cumsum(part.sizes(values[:, 0].astype(np.int64)))])
+    beside = counting(spec, plan.fields, mapped.path)
+    values, rows = mapped.part(beside, *parts_of(beside))
+    counts = values[:, 0].astype(np.int64)
+    check_counts(spec, part, counts, int(starts[-1]), mapped.path)
+    before = np.concatenate([[0], np.cumsum(part.sizes(counts))])
     if (before[rows] != starts).any():
-        raise StoreCorrupt(f"{mapped.path}: rows of {spec.name} hold another number of values than {name} tells")
+        raise StoreCorrupt(f"{mapped.path}: rows of {spec.name} hold another number of values than {beside.name} tells")
 
 
 def _extra_problems(folder: Path, plan: Plan) -> Iterator[Problem]:
@@ -197,6 +200,37 @@ def _extra_problems(folder: Path, plan: Plan) -> Iterator[Problem]:
         yield _problem(folder / name, folder, "extra", "is not part of a store; delete it if it is not yours")
 
 
+def _folder_problems(folder: Path, made: Mapping[str, Any]) -> Iterator[Problem]:
+    """What lies beside the files that the manifest lists: a tokenizer.json changes the ids that vocab.txt gives."""
+    listed = made.get("files", {})
+    folders = {*manifest.FOLDERS, *(Path(name).parts[0] for name in listed if "/" in name)} - {manifest.SHARDS}
+    for name in sorted(folders):
+        for entry in _inside(folder / name):
+            path = Path(entry.path)
+            if path.relative_to(folder).as_posix() not in listed and not entry.is_symlink():
+                yield _problem(path, folder, "extra", f"is not listed in {manifest.MANIFEST}; delete it")
+
+
+def _inside(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """All in a folder and its folders that is no folder itself; no link is followed."""
+    left = [str(folder)] if folder.is_dir() and not folder.is_symlink() else []
+    while left:
+        with os.scandir(left.pop()) as entries:
+            for entry in sorted(entries, key=lambda one: one.name):
+                if entry.is_dir(follow_symlinks=False):
+                    left.append(entry.path)
+                else:
+                    yield entry
+
+
+def _link_problems(folder: Path) -> Iterator[Problem]:
+    """A stranger's link leads to files that are not the store's. README.md is there to be edited, or linked."""
+    for top in (folder / name for name in sorted(KNOWN.difference(OTHERS, [manifest.CARD]))):
+        links = [Path(entry.path) for entry in _inside(top) if entry.is_symlink()]
+        for path in [top] if top.is_symlink() else links:
+            yield _problem(path, folder, "link", "is a link; a store has none: put the file itself there, or delete it")
+
+
 def _index_problems(folder: Path, made: Mapping[str, Any]) -> Iterator[Problem]:
     """Both tables of index.duckdb against the shards."""
     remake, path = _rebuild(folder), folder / manifest.INDEX
@@ -205,7 +239,9 @@ def _index_problems(folder: Path, made: Mapping[str, Any]) -> Iterator[Problem]:
             if not index.agrees(folder, made, stored.connection):
                 yield _problem(path, folder, "index", f"does not agree with the shards; {remake}")
     except (StoreCorrupt, duckdb.Error) as error:
-        yield _problem(path, folder, "index" if path.exists() else "missing", f"{str(error).splitlines()[0]}; {remake}")
+        said = str(error).splitlines()[0]
+        detail = said if remake in said else f"{said}; {remake}"
+        yield _problem(path, folder, "index" if path.exists() else "missing", detail)
 
 
 def _pixel_problems(folder: Path) -> Iterator[Problem]:

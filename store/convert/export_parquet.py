@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from .. import schema
 from ..codecs import STORED_AS, WHOLE_COLUMN
+from ..errors import StoreCorrupt
 from ..mapped import MappedShard
 from ..schema import CONTENT_HASH, FieldSpec
 from ..shard import ShardPlan
@@ -22,7 +23,7 @@ DECODED = b"predistill.decoded"  # in the metadata: "true" where columns are not
 
 
 def write(mapped: MappedShard, shard: ShardPlan, first_row: int, path: Path, raw: bool) -> None:
-    """first_row: sample_id of the shard's first row."""
+    """first_row: sample_id of the shard's first row. Raises StoreCorrupt for values that parquet has no type for."""
     metadata = {**(mapped.batch.schema.metadata or {}), DECODED: b"false" if raw else b"true"}
     specs = {spec.name: spec for spec in mapped.fields}
     writer: pq.ParquetWriter | None = None
@@ -41,6 +42,10 @@ def write(mapped: MappedShard, shard: ShardPlan, first_row: int, path: Path, raw
             if writer is None:
                 writer = pq.ParquetWriter(path, table.schema.with_metadata(metadata), compression="zstd")
             writer.write_table(table.replace_schema_metadata(metadata))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        carried = ", ".join(spec.name for spec in mapped.fields if spec.codec == "arrow")
+        reason = str(error).splitlines()[0]
+        raise StoreCorrupt(f"{mapped.path}: parquet cannot hold a carried column ({carried}): {reason}") from error
     finally:
         if writer is not None:
             writer.close()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,7 +143,7 @@ def _objects(mapped: MappedShard, spec: FieldSpec) -> Iterator[Tensor]:
 
     def texts(first: int, last: int) -> Iterator[bytes]:
         for value in column.slice(first, last - first):
-            yield (value.as_py() or b"") if files else as_json(value)
+            yield mapped.as_python(spec.name, partial(_file if files else as_json, value))
 
     sizes = np.asarray([len(one) for first, last in chunks(mapped) for one in texts(first, last)], np.int64)
     starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
@@ -153,6 +154,10 @@ def _objects(mapped: MappedShard, spec: FieldSpec) -> Iterator[Tensor]:
 
     yield Tensor(name, "uint8", (int(starts[-1]),), pieces)
     yield _whole(f"{name}.offsets", "int64", starts)
+
+
+def _file(value: pa.Scalar) -> bytes:
+    return value.as_py() or b""
 
 
 def as_json(value: pa.Scalar) -> bytes:

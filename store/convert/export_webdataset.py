@@ -14,6 +14,7 @@ import json
 import math
 import tarfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,12 @@ class _Object:
     """A carried column, into the sample's JSON; an encoded file, into a file of its kind."""
 
     def __init__(self, mapped: MappedShard, spec: FieldSpec, first: int):
-        self._column, self._spec, self._first = mapped.checked(spec.name), spec, first
+        self._mapped, self._column, self._spec, self._first = mapped, mapped.checked(spec.name), spec, first
 
     def __call__(self, row: int, said: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
         value = self._column[self._first + row]
         if self._spec.codec == "arrow":
-            said[self._spec.name] = json.loads(as_json(value))
+            said[self._spec.name] = json.loads(self._mapped.as_python(self._spec.name, partial(as_json, value)))
         elif data := value.as_py():
             kind = next((suffix for magic, suffix in _MAGIC.items() if data.startswith(magic)), "bin")
             yield f"{self._spec.name}.{kind}", data

@@ -7,20 +7,23 @@ bit, to those of the processors of transformers that use Pillow; those that use 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import ConfigError
+from ..errors import ConfigError, StoreCorrupt
+from ..strict import reason, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's name
+_LARGEST = 8192  # pixels of an edge: a float32 RGB image of that size takes 800 MB
+_FINITE = 1e38  # float32 takes 3.4e38
 _WARPED_FROM = 384  # pixels: ConvNeXT's processors neither keep the ratio nor crop from here on
 _LEVIT_MARGIN = 256 / 224
 _PROBES = ((37, 53), (90, 41), (48, 48))  # (height, width) of images on which a processor is looked at
@@ -146,17 +149,38 @@ class Processing:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Processing:
-        """Raises ConfigError where `data` is not what `to_json` gave."""
+    def from_json(cls, data: Any) -> Processing:
+        """Raises StoreCorrupt where `data` is not what `to_json` gave, or asks for images that no processor makes."""
         try:
             made = dict(data)
             for name in ("size", "crop"):
-                made[name] = tuple(map(int, made[name])) if made.get(name) else None
+                made[name] = tuple(made[name]) if made.get(name) else None
             pairs = made.get("normalize") or ()
             made["normalize"] = tuple((tuple(map(float, mean)), tuple(map(float, std))) for mean, std in pairs)
-            return cls(**made)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"settings of the store that say how pixels are made: {error}") from error
+            found = cls(**made)
+            found._check_ranges()
+            return found
+        except (TypeError, ValueError, OverflowError) as error:
+            raise StoreCorrupt(
+                f"settings.processing does not say how pixels are made ({reason(error)}): {shown(data)}"
+            ) from error
+
+    def _check_ranges(self) -> None:
+        """Raises ValueError."""
+        pairs = [pair for pair in (self.size, self.crop) if pair is not None]
+        sizes = [*itertools.chain(*pairs), *([] if self.shortest_edge is None else [self.shortest_edge])]
+        if not all(type(one) is int and 0 < one <= _LARGEST for one in sizes) or any(len(pair) != 2 for pair in pairs):
+            raise ValueError(f"size and crop are a height and a width, and sizes whole numbers from 1 to {_LARGEST}")
+        if self.mode not in MODES.values() or type(self.resample) is not int or not 0 <= self.resample <= 5:
+            raise ValueError(f"mode is one of {', '.join(MODES.values())}, and resample a number from 0 to 5")
+        numbers = [self.scale, self.offset, *itertools.chain(*itertools.chain(*self.normalize))]
+        if not all(type(one) in (int, float) and abs(one) <= _FINITE for one in numbers):
+            raise ValueError("scale, offset, means and deviations are finite numbers that float32 holds")
+        for mean, std in self.normalize:
+            if not (len(mean) == len(std) == self.channels and min(map(abs, std)) >= 1 / _FINITE):
+                raise ValueError("normalize has a mean and a deviation that is not 0 for each channel")
+        if type(self.bgr) is not bool or type(self.reduce_labels) is not bool:
+            raise ValueError("bgr and reduce_labels are true or false")
 
     def _tolerance(self, processor: Any) -> float:
         """torchvision rounds a resized level otherwise by one or two; Pillow not at all."""

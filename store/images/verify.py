@@ -27,9 +27,12 @@ def pixel_problem(folder: Path) -> str | None:
             return None
         try:
             pillow()
+        except ConfigError:
+            return None
+        try:
             processing = Processing.from_json(store.settings["processing"])
-        except ConfigError as error:
-            return str(error) if "Pillow" not in str(error) else None
+        except StoreCorrupt as error:
+            return str(error)
         return _compare(store, processing)
 
 
