@@ -6,6 +6,7 @@ that comes from a manifest may be a stranger's, and is written so that it can be
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ _HUB_TASKS = {
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"),
           (10**8, "10M<n<100M"), (10**9, "100M<n<1B"))  # fmt: skip
 _SHOWN = 20  # class names
+_LONGEST_HEAD, _LONGEST_LICENCE = 1 << 16, 1000  # characters
 _SAMPLED = 256  # rows that figures are measured on
 _BOUNDS = {"float16": "2⁻¹¹ of a value", "bfloat16": "2⁻⁹ of a value", "float32": "2⁻²⁴ of a value"}
 _CODECS = {"int8": "1/254 of the largest of its 128 values", "uint8": "1/510 of the position's range"}
@@ -34,15 +36,35 @@ _SPECIAL = re.compile(r"[\\`*{}\[\]<>|#!~\x00-\x1f]")
 
 def licences_in(card: str | None) -> dict[str, str]:
     """{"license", "teacher_license", "dataset_license"}: those that a card's head names."""
+    fence, *lines = [line.rstrip() for line in (card or "")[:_LONGEST_HEAD].split("\n")]
+    if fence != "---" or "---" not in lines:
+        return {}
+    lines, entries = lines[: lines.index("---")], dict[str, str]()
+    for at, line in enumerate(lines):
+        name, colon, _ = line.partition(":")
+        if colon and name in LICENCES:
+            more = itertools.takewhile(lambda one: not one or one[0] == " ", lines[at + 1 : at + _LONGEST_LICENCE])
+            entries[name] = "\n".join([line, *more])
+    return {name: text for name in LICENCES if (text := _text(entries.get(name, "")))}
+
+
+def _text(entry: str) -> str:
+    """`text` of "name: text", in the notations that YAML has for it; "" where it is a number, a list or anything else.
+
+    The head may be a stranger's: it is not parsed as a whole, since merged and repeated keys, dates and tags cost time
+    without end or raise errors of all kinds, and nothing is made of it but text.
+    """
     import yaml
 
-    head = re.match(r"\A---\s*\n(.{0,100000}?)\n---\s*(?:\n|\Z)", card or "", re.DOTALL)
+    if len(entry) > _LONGEST_LICENCE:
+        return ""
     try:
-        found = yaml.safe_load(head[1]) if head else None
-    except yaml.YAMLError:
-        found = None
-    found = found if isinstance(found, dict) else {}
-    return {name: found[name] for name in LICENCES if isinstance(found.get(name), str) and found[name].isprintable()}
+        node: Any = yaml.compose(entry, Loader=yaml.SafeLoader)
+        (_, value), *others = node.value
+    except Exception:  # PyYAML raises more than YAMLError
+        return ""
+    plain = not others and isinstance(value, yaml.ScalarNode) and value.tag == "tag:yaml.org,2002:str"
+    return value.value if plain and value.value.isprintable() else ""
 
 
 def store_card(

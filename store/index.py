@@ -18,8 +18,9 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from . import manifest, schema
+from . import manifest
 from .errors import ConfigError, OutOfSpace, StoreCorrupt
+from .index_rows import ADDRESS, expression, quoted, refused, rows_of, sentence
 from .mapped import MappedShard
 from .shard import fsync_folder
 
@@ -31,7 +32,10 @@ LOCKED: dict[str, str | bool | int | float | list[str]] = {
     "allow_community_extensions": "false",
 }
 _FULL = (duckdb.IOException, duckdb.OutOfMemoryException, duckdb.TransactionException, duckdb.FatalException)
-_AS = ("sample_id::BIGINT AS sample_id", "split::VARCHAR AS split", "shard::VARCHAR AS shard", "row::BIGINT AS row")
+_AS = {
+    "sample_id": "BIGINT", "split": "VARCHAR", "source_index": "BIGINT", "view": "INTEGER", "shard": "VARCHAR",
+    "row": "BIGINT", "num_tokens": "BIGINT",
+}  # fmt: skip
 _MISPLACED = """
 WITH placed AS (SELECT shard, split, rows, sum(rows) OVER (ORDER BY rowid) - rows AS first FROM shards)
 SELECT count(*) FROM (SELECT *, rowid AS at FROM samples) s
@@ -41,8 +45,9 @@ WHERE NOT coalesce(s.sample_id = s.at AND s.split = p.split AND s.row = s.sample
 """  # rows of `samples` that do not stand where `shards` has them
 _TOGETHER = (1000, 1 << 20)  # shards, and rows, that go to DuckDB at once: each insert by itself costs 16 ms
 _MEMORY = f"{min(2 << 30, os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2)}B"  # DuckDB would take 80 %
+_CATALOG = Path(manifest.INDEX).stem  # what DuckDB calls the file
+_INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT")
 _SPAN = 1 << 24  # sample_ids looked at together: 128 MB
-ADDRESS = ("sample_id", "split", "source_index", "view", "content_hash", "shard", "row", "num_tokens", "label")
 
 
 def build(folder: Path, made: Mapping[str, Any]) -> None:
@@ -53,28 +58,36 @@ def build(folder: Path, made: Mapping[str, Any]) -> None:
         path.unlink(missing_ok=True)
     shutil.rmtree(f"{temporary}.tmp", ignore_errors=True)  # what DuckDB spilled before it was killed
     try:
-        with duckdb.connect(str(temporary), config={"memory_limit": _MEMORY}) as connection:
+        with duckdb.connect(str(temporary.absolute()), config={"memory_limit": _MEMORY}) as connection:
             fill(connection, folder, made)
             connection.execute("CHECKPOINT")  # one that fails at close fails in silence
             # in the order of insertion, which is that of sample_id: sorting a billion rows would spill them all
-            connection.sql("FROM samples").write_parquet(str(parquet), compression="zstd")
-    except (
-        duckdb.IOException,
-        duckdb.OutOfMemoryException,
-        duckdb.TransactionException,
-        duckdb.FatalException,
-    ) as error:
+            _write_parquet(connection, parquet)
+    except BaseException as error:
         for path in (temporary, Path(f"{temporary}.wal"), parquet):
             path.unlink(missing_ok=True)
-        raise OutOfSpace(
-            f"{folder}: the index could not be written ({str(error).splitlines()[0]}); the shards are safe: "
-            "make room, then run the same dump again"
-        ) from error
+        if isinstance(error, _FULL):
+            raise OutOfSpace(
+                f"{folder}: the index could not be written ({sentence(error)}); the shards are safe: "
+                "make room, then run the same dump again"
+            ) from error
+        raise
     for written, final in ((temporary, target), (parquet, folder / manifest.SAMPLES)):
         with open(written, "rb") as file:
             os.fsync(file.fileno())
         os.replace(written, final)
     fsync_folder(folder)
+
+
+def _write_parquet(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
+    try:
+        connection.sql("FROM samples").write_parquet(str(path), compression="zstd")
+    except _FULL:
+        raise
+    except duckdb.Error as error:  # Parquet has other bounds than DuckDB
+        samples = connection.sql("FROM samples")
+        columns = zip(samples.columns, map(str, samples.types), strict=True)
+        raise refused(columns, lambda name: samples.select(quoted(name)).write_parquet(str(path)), error) from error
 
 
 def build_from_samples(folder: Path, made: Mapping[str, Any]) -> None:
@@ -84,7 +97,7 @@ def build_from_samples(folder: Path, made: Mapping[str, Any]) -> None:
     temporary.unlink(missing_ok=True)
     plan = manifest.plan_of(made, str(folder))
     try:
-        with duckdb.connect(str(temporary), config={"memory_limit": _MEMORY}) as connection:
+        with duckdb.connect(str(temporary.absolute()), config={"memory_limit": _MEMORY}) as connection:
             shards_table(connection, plan, made)
             samples = connection.read_parquet(str(source))
             if not set(ADDRESS) <= set(samples.columns):
@@ -92,16 +105,17 @@ def build_from_samples(folder: Path, made: Mapping[str, Any]) -> None:
             total = sum(entry["rows"] for entry in made["shards"])
             if connection.sql("SELECT count(*) FROM samples").fetchall() != [(total,)]:
                 raise StoreCorrupt(f"{source} has not the {total} rows that the manifest counts")
-            kept = f"SELECT * REPLACE ({', '.join(_AS)}) FROM samples{_order(source, connection)}"
+            typed = ", ".join(f"{name}::{kind} AS {name}" for name, kind in _AS.items())
+            kept = f"SELECT * REPLACE ({typed}) FROM samples{_order(source, connection)}"
             connection.execute(f"CREATE TABLE samples AS {kept}")
             if connection.sql(_MISPLACED).fetchall() != [(0,)]:
                 raise StoreCorrupt(f"{source} does not place its rows where the manifest has them")
             connection.execute("CHECKPOINT")
     except duckdb.OutOfMemoryException as error:
-        raise OutOfSpace(f"{folder}: the index could not be made ({str(error).splitlines()[0]})") from error
+        raise OutOfSpace(f"{folder}: the index could not be made ({sentence(error)})") from error
     except duckdb.Error as error:
         temporary.unlink(missing_ok=True)
-        raise StoreCorrupt(f"{source} is not a samples table ({_sentence(error)})") from error
+        raise StoreCorrupt(f"{source} is not a samples table ({sentence(error)})") from error
     os.replace(temporary, target)
 
 
@@ -126,7 +140,7 @@ def _tables(folder: Path, plan: manifest.Plan, made: Mapping[str, Any]) -> Itera
     """The index rows of all shards in order, those of neighbours together."""
     held, rows, first = list[pa.Table](), 0, 0
     for shard, entry in zip(plan.shards, made["shards"], strict=True):
-        narrow = _narrow(MappedShard(manifest.shard_path(folder, shard.name)), shard.name, shard.split, first)
+        narrow = rows_of(MappedShard(manifest.shard_path(folder, shard.name)), shard.name, shard.split, first)
         full = len(held) == _TOGETHER[0] or rows + len(narrow) > _TOGETHER[1]
         if held and (full or narrow.schema != held[0].schema):
             yield pa.concat_tables(held)
@@ -152,74 +166,27 @@ def shards_table(connection: duckdb.DuckDBPyConnection, plan: manifest.Plan, mad
 def _select(connection: duckdb.DuckDBPyConnection, narrow: pa.Table, statement: str) -> None:
     """A statement about an Arrow table `narrow`; {} in it are its columns as the index has them."""
     connection.register("narrow", narrow)
-    connection.execute(statement.format(", ".join(_expression(field) for field in narrow.schema)))
+    try:
+        connection.execute(statement.format(", ".join(expression(field) for field in narrow.schema)))
+    except _FULL:
+        raise
+    except duckdb.Error as error:
+        columns = [(field.name, str(field.type)) for field in narrow.schema]
+        tried = "CREATE OR REPLACE TEMP TABLE tried AS SELECT {} FROM narrow"
+        said = refused(columns, lambda name: connection.execute(tried.format(expression(narrow.field(name)))), error)
+        raise said from error
     connection.unregister("narrow")
 
 
-def _expression(field: pa.Field) -> str:
-    """Missing labels and undefined summaries (NaN) are NULL in the index; hashes are hex."""
-    name = '"' + field.name.replace('"', '""') + '"'
-    if field.name == schema.CONTENT_HASH:
-        return f"lower(hex({name})) AS {name}"
-    if field.name == "label" and pa.types.is_integer(field.type):
-        return f"CASE WHEN {name} >= 0 THEN {name} END AS {name}"
-    if pa.types.is_floating(field.type):
-        return f"CASE WHEN NOT isnan({name}) THEN {name} END AS {name}"
-    return name
-
-
-def _narrow(mapped: MappedShard, name: str, split: str, first: int) -> pa.Table:
-    """The index rows of one shard, in the order of ADDRESS, then summaries, then carried columns."""
-    specs = {spec.name: spec for spec in mapped.fields}
-    rows = mapped.rows
-    table = {
-        "sample_id": _count(first, rows),
-        "split": pa.repeat(split, rows),
-        **{column: mapped.column(column) for column in schema.ADDRESS_COLUMNS},
-        "shard": pa.repeat(name, rows),
-        "row": _count(0, rows),
-        "num_tokens": _num_tokens(mapped, specs),
-        "label": _label(mapped, specs),
-    }
-    table = {column: table[column] for column in ADDRESS}
-    for spec in mapped.fields:
-        if spec.role in ("summary", "carried") and _bindable(mapped.column(spec.name).type):
-            table[spec.name] = mapped.column(spec.name)
-    return pa.table(table)
-
-
-def _count(first: int, rows: int) -> pa.Array:
-    return pa.Array.from_buffers(pa.int64(), rows, [None, pa.py_buffer(np.arange(first, first + rows))])
-
-
-def _num_tokens(mapped: MappedShard, specs: Mapping[str, schema.FieldSpec]) -> pa.Array:
-    if schema.INPUT_IDS not in specs:
-        return pa.nulls(mapped.rows, pa.int64())
-    offsets = mapped.column(schema.INPUT_IDS).buffers()[1]
-    starts = np.frombuffer(offsets, np.int64, mapped.rows + 1) if mapped.rows else np.zeros(1, np.int64)
-    return pa.Array.from_buffers(pa.int64(), mapped.rows, [None, pa.py_buffer(np.diff(starts))])
-
-
-def _label(mapped: MappedShard, specs: Mapping[str, schema.FieldSpec]) -> pa.Array:
-    """Sample-level labels only: a token-level label has no place in one cell."""
-    if schema.LABELS not in specs or "S" in specs[schema.LABELS].shape:
-        return pa.nulls(mapped.rows, pa.int64())
-    return mapped.column(schema.LABELS)
-
-
-def _bindable(kind: pa.DataType) -> bool:
-    """Can DuckDB read this Arrow type? Not half precision, anywhere inside."""
-    if pa.types.is_float16(kind):
-        return False
-    children = [kind.field(at).type for at in range(kind.num_fields)]
-    return all(_bindable(child) for child in children)
-
-
 class Index:
-    """index.duckdb, opened at first use: read-only, no external access, configuration locked."""
+    """index.duckdb, opened at first use: read-only, no external access, configuration locked.
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    rows: of the store, where it is known. A file that a stranger made may hold anything under the names that are asked
+    for: views that never end, macros in place of functions, numbers of rows that are not there. Raises StoreCorrupt.
+    """
+
+    def __init__(self, folder: Path, rows: int | None = None):
+        self._folder, self._rows = folder, rows
         self._connection: duckdb.DuckDBPyConnection | None = None
 
     @property
@@ -227,22 +194,49 @@ class Index:
         if self._connection is None:
             path = self._folder / manifest.INDEX
             if not path.exists():
-                raise StoreCorrupt(f"{path} is missing; make it anew with: predistill index {self._folder} --rebuild")
+                raise self._corrupt("is missing")
             try:
-                self._connection = duckdb.connect(str(path), read_only=True, config=LOCKED)
+                found = duckdb.connect(str(path.absolute()), read_only=True, config=LOCKED)
             except duckdb.Error as error:
-                raise StoreCorrupt(
-                    f"{path} cannot be opened ({str(error).splitlines()[0]}); make it anew with: "
-                    f"predistill index {self._folder} --rebuild"
-                ) from error
+                raise self._corrupt(f"cannot be opened ({sentence(error)})") from error
+            try:
+                self._check(found)
+            except duckdb.Error as error:
+                found.close()
+                raise self._corrupt(f"cannot be read ({sentence(error)})") from error
+            except StoreCorrupt:
+                found.close()
+                raise
+            self._connection = found
         return self._connection
+
+    def _check(self, found: duckdb.DuckDBPyConnection) -> None:
+        """Tables as a dump makes them, and DuckDB's own functions before any that the file brings."""
+        found.execute(f"SET search_path = 'system.main,{_CATALOG}.main'")
+        listed = found.execute(
+            "SELECT database_name, schema_name, table_name, sql FROM system.main.duckdb_tables()"
+        ).fetchall()
+        tables = {name.lower(): said for base, place, name, said in listed if (base, place) == (_CATALOG, "main")}
+        for name in ("samples", "shards"):
+            if name not in tables or "GENERATED ALWAYS" in tables[name]:
+                raise self._corrupt(f"has no table {name} as a dump makes it")
+        samples = found.sql(f"FROM {_CATALOG}.main.samples")
+        kinds = dict(zip(samples.columns, map(str, samples.types), strict=True))
+        for name, kind in _AS.items():
+            if kinds.get(name) not in ((kind,) if kind == "VARCHAR" else _INTEGERS):
+                raise self._corrupt(f"has no column {name} of {kind}s in its table samples")
+
+    def _corrupt(self, why: str) -> StoreCorrupt:
+        return StoreCorrupt(
+            f"{self._folder / manifest.INDEX} {why}; make it anew with: predistill index {self._folder} --rebuild"
+        )
 
     def sql(self, query: str) -> duckdb.DuckDBPyRelation:
         """A relation over the tables `samples` and `shards`. Raises ConfigError for SQL that cannot run."""
         try:
             relation = self.connection.sql(query)
         except duckdb.Error as error:
-            raise ConfigError(f"SQL {query!r}: {_sentence(error)}") from error
+            raise ConfigError(f"SQL {query!r}: {sentence(error)}") from error
         if relation is None:
             raise ConfigError(f"SQL {query!r}: a query that returns rows is expected")
         return relation
@@ -253,12 +247,19 @@ class Index:
         query = f"SELECT sample_id FROM samples WHERE (\n{where}\n){of_split}"
         try:
             with self._for_once() as connection:
-                found = connection.sql(query).fetchnumpy()["sample_id"].astype(np.int64, copy=False)
+                found = connection.sql(query).fetchnumpy()["sample_id"]
         except duckdb.Error as error:
-            raise ConfigError(f"where {where!r} is no SQL condition on samples: {_sentence(error)}") from error
-        if (found[1:] <= found[:-1]).any():  # only of an index that was not made here
-            found = np.unique(found)
-        return found
+            raise ConfigError(f"where {where!r} is no SQL condition on samples: {sentence(error)}") from error
+        if self._rows is not None and len(found) > self._rows:
+            raise self._corrupt(f"has {len(found)} such samples, the store has {self._rows} rows")
+        if np.ma.is_masked(found) or found.dtype.kind not in "iu":
+            raise self._corrupt("has sample_ids that are no integers")
+        ids = np.ma.getdata(found).astype(np.int64, copy=False)
+        if (ids[1:] <= ids[:-1]).any():  # only of an index that was not made here
+            ids = np.unique(ids)
+        if len(ids) and (ids[0] < 0 or (self._rows is not None and ids[-1] >= self._rows)):
+            raise self._corrupt(f"has sample_ids {ids[0]} to {ids[-1]}; 0 to {(self._rows or 0) - 1} are expected")
+        return ids
 
     def longest(self, ids: np.ndarray | range) -> tuple[int, int] | None:
         """(place, tokens) of the longest of some ascending sample_ids, the first of them; None where `samples` does not
@@ -269,7 +270,10 @@ class Index:
                 end = bisect.bisect_left(ids, ids[begin] + _SPAN)
                 first, last = int(ids[begin]), int(ids[end - 1])
                 query = f"SELECT num_tokens FROM samples WHERE sample_id BETWEEN {first} AND {last}"
-                found = connection.sql(query).fetchnumpy()["num_tokens"]
+                try:
+                    found = connection.sql(query).fetchnumpy()["num_tokens"]
+                except duckdb.Error as error:
+                    raise self._corrupt(f"cannot be read ({sentence(error)})") from error
                 if len(found) != last - first + 1 or np.ma.is_masked(found):
                     return None
                 tokens = found if last - first == end - begin - 1 else found[np.asarray(ids[begin:end]) - first]
@@ -303,13 +307,9 @@ class MemoryIndex(Index):
     """Made in memory from the shards themselves: of an unfinished store, or of one whose index is not to be trusted."""
 
     def __init__(self, folder: Path, made: Mapping[str, Any]):
-        super().__init__(folder)
+        super().__init__(folder, sum(entry["rows"] for entry in made["shards"]))
         self._connection = duckdb.connect(":memory:", config=LOCKED)
         fill(self._connection, folder, made)
-
-
-def _sentence(error: duckdb.Error) -> str:
-    return " ".join(str(error).split())[:400]
 
 
 def agrees(folder: Path, made: Mapping[str, Any], stored: duckdb.DuckDBPyConnection) -> bool:

@@ -35,6 +35,12 @@ class DistillationConfig(DistillationSettings, TrainingArguments):
         if self.train_sampling_strategy not in SAMPLING:
             allowed = ", ".join(SAMPLING)
             raise ConfigError(f"--train-sampling-strategy is one of {allowed}; got {self.train_sampling_strategy!r}")
+        least = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "learning_rate": 0}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ConfigError(f"--{name.replace('_', '-')} is {value} or more; got {getattr(self, name)}")
+        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+            raise ConfigError(f"--num-train-epochs is more than 0; got {self.num_train_epochs}")
         if self.label_smoothing_factor:
             raise ConfigError("--label-smoothing-factor is not applied by distillation losses; leave it at 0")
         TrainingArguments.__post_init__(self)

@@ -6,9 +6,10 @@ it is done, its student and metrics; the last has the run's own folder.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,6 +93,21 @@ def empty(config: TrainConfig, output: Path) -> None:
             )
         for path in held:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextlib.contextmanager
+def given_back(output: Path) -> Iterator[None]:
+    """Where training ends before anything of a student is there, the folder is free for the next run."""
+    try:
+        yield
+    except BaseException:
+        stages = list(output.glob("stage-*"))
+        made = [*output.glob("checkpoint-*"), *(path for folder in stages for path in folder.iterdir())]
+        if not made and is_main_process():
+            for folder in stages:
+                folder.rmdir()
+            (output / PROVENANCE).unlink(missing_ok=True)
+        raise
 
 
 def check_same_run(output: Path, made: Mapping[str, Any]) -> None:

@@ -151,6 +151,9 @@ def questions_of(rows: Any) -> tuple[np.ndarray, list[Question]]:
     number, found = [], list[Question]()
     for part in getattr(rows, "parts", [rows]):
         views = part.store.sql("SELECT view FROM samples ORDER BY sample_id").fetchnumpy()["view"]
+        if np.ma.is_masked(views):
+            path = part.store.path
+            raise StoreCorrupt(f"{path}: its index has no view of some rows: predistill index {path} --rebuild")
         first = np.maximum.accumulate(np.where(views == 0, np.arange(len(views)), 0))[part.sample_ids]
         wanted, own = np.unique(first, return_inverse=True)
         number.append(own + len(found))

@@ -20,6 +20,9 @@ _SHARED = ("vocabulary", "draws")  # parameters of columns that a batch can have
 
 def open_stores(paths: Sequence[str]) -> list[TeacherStore]:
     """Of an ensemble store each of its teachers. Raises StoreMismatch where they are of several tasks."""
+    given = [str(path).rstrip("/") for path in paths]
+    if twice := [path for path in given if given.count(path) > 1]:
+        raise ConfigError(f"the store {twice[0]} is given twice")
     stores = [member for path in paths for member in TeacherStore.open(path).members]
     for other in stores[1:]:
         _check_agree(stores[0], other, [("task", stores[0].task, other.task)])

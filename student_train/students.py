@@ -100,7 +100,7 @@ def pretrained(name: str, task: Task) -> nn.Module:
             setattr(config, key, value)
     try:
         return auto_class(task).from_pretrained(name, config=config, dtype=torch.float32)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise ConfigError(f"student {name} cannot be a {task.model_class}: {first_line(error)}") from None
 
 
@@ -188,8 +188,13 @@ def from_hub(name: str) -> Path:
 
 def from_teacher_layers(folder: Path, layers: Sequence[int], task: Task) -> nn.Module:
     """The teacher's architecture with some of its blocks, their weights, its embeddings and its head."""
-    config = AutoConfig.from_pretrained(folder)
-    depth = config.num_hidden_layers
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # the store may say where it is
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the teacher in {folder} cannot be read: {first_line(error)}") from None
+    depth = getattr(config, "num_hidden_layers", None)
+    if depth is None:
+        raise ConfigError(f"the teacher in {folder} has no layers to copy ({type(config).__name__}): give --student")
     if max(layers) > depth:
         raise ConfigError(f"the teacher in {folder} has {depth} layers; got layer {max(layers)}")
     settings = config.to_dict()
@@ -204,7 +209,10 @@ def from_teacher_layers(folder: Path, layers: Sequence[int], task: Task) -> nn.M
             kind = type(auto_class(task).from_config(smaller))
     except ValueError as error:
         raise ConfigError(f"the teacher in {folder} cannot be a {task.model_class}: {first_line(error)}") from None
-    return kind.from_pretrained(None, config=smaller, state_dict=state, dtype=torch.float32)
+    try:
+        return kind.from_pretrained(None, config=smaller, state_dict=state, dtype=torch.float32)
+    except RuntimeError as error:
+        raise ConfigError(f"the teacher in {folder} is not the store's: {first_line(error)}") from None
 
 
 def layer_state(folder: Path, layers: Sequence[int], depth: int) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
-from ..store.errors import DataError, StoreMismatch
+from ..store.errors import DataError, StoreCorrupt, StoreMismatch
 from ..store.identity import short, tokenizer_content, tokenizer_sha256
 from ..store.schema import ATTENTION_MASK, INPUT_IDS
 from .dataset import narrowed
@@ -22,10 +22,23 @@ TOKENIZER_FILES = (
 
 
 def store_tokenizer(store: Any) -> Any:
-    """What a store's inputs were made with: of images a processor; None where the store has neither."""
+    """What a store's inputs were made with: of images a processor; None where the store has neither.
+
+    No code of the store's is run, nor asked about. Raises StoreCorrupt where it cannot be loaded.
+    """
     if (processor := store.path / "processor").is_dir():
-        return AutoImageProcessor.from_pretrained(processor, backend="pil")
-    return AutoTokenizer.from_pretrained(store.tokenizer_dir) if store.tokenizer_dir else None
+        return _loaded(AutoImageProcessor, processor, backend="pil")
+    return _loaded(AutoTokenizer, store.tokenizer_dir) if store.tokenizer_dir else None
+
+
+def _loaded(kind: Any, folder: Path, **how: Any) -> Any:
+    try:
+        return kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **how)
+    except Exception as error:  # transformers and tokenizers raise what they meet: KeyError, RecursionError, Exception
+        raise StoreCorrupt(
+            f"{folder} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]}); "
+            "make the store anew, or see predistill verify"
+        ) from error
 
 
 def student_tokenizer(name: str, store: Any) -> tuple[Any, bool]:

@@ -22,7 +22,7 @@ from .config import DistillationConfig
 from .dataset import first_row
 from .ensembles.join import Ensemble
 from .ensembles.scores import judged, learn
-from .folder import check_same_run, prepare_folder, stage_folder
+from .folder import Start, check_same_run, given_back, prepare_folder, stage_folder
 from .inside.projections import attach_projections
 from .losses.presets import Stage
 from .losses.terms import Term
@@ -85,18 +85,8 @@ def train(settings: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
     if start.done:
         student.model = reopened(kind, jobs[start.done - 1].folder)
 
-    trained: dict[str, dict[str, Any]] = {}
-    for number, job in enumerate(jobs[start.done :], start.done):
-        if len(jobs) > 1:
-            say(f"stage {number + 1} of {len(jobs)}, {job.stage.name}: {', '.join(job.objective.names)}")
-        trainer = make_trainer(job, task, student)
-        checkpoint = start.checkpoint if number == start.done else None
-        metrics: dict[str, Any] = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
-        trained[job.stage.name] = dict(metrics)
-        if job is not jobs[-1]:
-            end_stage(trainer, job, metrics)
-            if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # which have cut it
-                student.model = reopened(kind, job.folder)
+    with given_back(output):
+        trainer, metrics, trained = train_stages(jobs, start, task, student)
     if jobs[-1].eval_rows is not None:
         metrics |= final_evaluation(trainer) | (judged(ensemble, jobs[-1].eval_rows, config) if ensemble else {})
     if len(jobs) > 1:
@@ -124,6 +114,25 @@ def leave_group(trainer: DistillationTrainer) -> None:
 
 
 # ---- stages ----
+
+
+def train_stages(
+    jobs: Sequence[Job], start: Start, task: Task, student: Student
+) -> tuple[DistillationTrainer, dict[str, Any], dict[str, dict[str, Any]]]:
+    """(the last stage's trainer, its metrics, those of each stage that is trained here)."""
+    kind, trained = type(student.model), dict[str, dict[str, Any]]()
+    for number, job in enumerate(jobs[start.done :], start.done):
+        if len(jobs) > 1:
+            say(f"stage {number + 1} of {len(jobs)}, {job.stage.name}: {', '.join(job.objective.names)}")
+        trainer = make_trainer(job, task, student)
+        checkpoint = start.checkpoint if number == start.done else None
+        metrics: dict[str, Any] = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+        trained[job.stage.name] = dict(metrics)
+        if job is not jobs[-1]:
+            end_stage(trainer, job, metrics)
+            if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # which have cut it
+                student.model = reopened(kind, job.folder)
+    return trainer, metrics, trained
 
 
 def settle_weights(config: TrainConfig, ensemble: Ensemble | None, student: Student) -> None:

@@ -204,8 +204,10 @@ def test_an_index_of_a_stranger(store: Path, tmp_path: Path) -> None:
         connection.execute(
             "CREATE TABLE samples AS SELECT 0::BIGINT sample_id, 'train' split, 0::BIGINT source_index, 0 AS view, "
             "'train-00000' shard, 0::BIGINT row, '<script>' AS label, [1] AS teacher_prediction, 'x' teacher_loss, "
-            "'Infinity'::FLOAT teacher_confidence, 1e300::DOUBLE teacher_entropy, '<b>' AS \"a\"\"b<i>\""
+            "'Infinity'::FLOAT teacher_confidence, 1e300::DOUBLE teacher_entropy, "
+            '3::BIGINT num_tokens, \'<b>\' AS "a""b<i>"'
         )
+        connection.execute("CREATE TABLE shards (shard VARCHAR)")
     _, page = made(tmp_path / "odd.html", path)
     assert 'a"b<i>' in page.text and ["the index has the manifest's rows", "no"] in checks_of(page)
     for table in ("nothing (a INT)", "samples (sample_id VARCHAR, split INT)"):

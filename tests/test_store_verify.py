@@ -42,6 +42,16 @@ def test_a_sound_store(path: Path) -> None:
     assert verify(path) == {"ok": True, "shards": 4, "samples": 80, "bytes": size, "problems": []}
 
 
+def test_a_folder_whose_name_looks_like_an_extension_of_duckdb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`word:` in front of a relative path is one to DuckDB."""
+    monkeypatch.chdir(tmp_path)
+    synthetic.write(Path("sto:re"))
+    assert verify(Path("sto:re"))["ok"]
+    assert TeacherStore.open("sto:re").sql("SELECT count(*) FROM samples").fetchall() == [(80,)]
+
+
 def test_every_flipped_byte_is_found(path: Path) -> None:
     target = path / "shards/train-00001.arrow"
     sound, rng = target.read_bytes(), random.Random(0)

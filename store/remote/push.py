@@ -136,6 +136,11 @@ def _push_files(
 def _prepare(place: FilePlace, made: Mapping[str, Any], config: PushConfig) -> bool:
     """Is this very store there already? What is of another goes, or is refused. While files come, no store.json."""
     stored = _fingerprint_there(place)
+    if stored is None and not config.overwrite:
+        for name in (manifest.PLAN, manifest.CARD):  # nothing of ours; what a push of ours left has a plan
+            if place.stat(name) is not None:
+                raise StoreMismatch(f"{place.url} holds {name} and is not a store: give another destination, or "
+                                    "--overwrite")  # fmt: skip
     if stored is not None and stored != made["fingerprint"]:
         if not config.overwrite:
             raise StoreMismatch(f"{place.url} holds another store (fingerprint {stored[:12]}; this one's is "

@@ -26,6 +26,11 @@ _UNLIMITED = 10**6  # tokenizers that know no limit say 10**30
 _DEFAULT_LENGTH = 512  # tokens, where neither tokenizer nor model has a limit
 _POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")
 
+HEADS = (
+    "AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForQuestionAnswering",
+    "AutoModelForImageClassification", "AutoModelForSemanticSegmentation",
+)  # fmt: skip
+
 
 class Teacher:
     """A teacher by its config and tokenizer; the skeleton of its model has no weights.
@@ -45,6 +50,7 @@ class Teacher:
         self._attention = {} if config.attention == AUTO else {"attn_implementation": config.attention}
         with quiet_transformers(), one_line(config.teacher):
             self.config = transformers.AutoConfig.from_pretrained(self.where, **self._given())
+            check_head(self.config, self._model_class, config)
             self._load_reader()
             self._skeleton = self._make_skeleton()
         self.pad_id = self._pad_id()
@@ -202,6 +208,24 @@ def resolve_device(asked: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"--device {asked} cannot be used here ({reason}); try auto or cpu") from error
     return device
+
+
+def check_head(saved: Any, model_class: Any, config: DumpConfig) -> None:
+    """Raises ConfigError where the weights were saved with the head of another task: heads of one shape would load."""
+    heads = {name: _heads(getattr(transformers, name)) for name in HEADS}
+    own = _heads(model_class)
+    for name in saved.architectures or ():
+        if name not in own and any(name in others for others in heads.values()):
+            raise ConfigError(
+                f"--teacher {config.teacher} is a {name}; --task {config.task} needs one that {model_class.__name__} "
+                "loads with its head: give its own task, or another teacher"
+            )
+
+
+def _heads(auto: Any) -> set[str]:
+    """Names of the models that an Auto class loads."""
+    found = auto._model_mapping._model_mapping.values()
+    return {name for names in found for name in ([names] if isinstance(names, str) else names)}
 
 
 def _checked_map(device_map: str | None) -> str | None:
