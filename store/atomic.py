@@ -113,5 +113,5 @@ def out_of_space(folder: Path, *temporary: Path) -> Iterator[None]:
         free = shutil.disk_usage(folder).free if folder.exists() else 0
         raise OutOfSpace(
             f"{folder}: {os.strerror(error.errno)} ({free / 1e9:.3g} GB free); what was committed is safe: "
-            "make room, then run the same dump again"
+            "make room, then run the same command again"
         ) from error

@@ -240,5 +240,5 @@ def _unfinished(folder: Path) -> StoreError:
     grown = "" if plan.grows_by is None else f", and its source was read as far as {read}"
     return StoreIncomplete(
         f"{folder} is unfinished: {done} of {len(plan.shards)} shards are there{grown}; run the same dump again to go "
-        "on, or read what is there with allow_partial=True"
+        "on, or read what is there from Python with allow_partial=True"
     )

@@ -214,11 +214,14 @@ def training_arguments(
     chosen = {**usual, **stage.arguments, **config.training_arguments}
     if number < len(stages) - 1:
         chosen |= {"eval_strategy": "no", "load_best_model_at_end": False}
+    if chosen.get("load_best_model_at_end"):  # of the checkpoints that were evaluated
+        chosen.setdefault("save_strategy", chosen["eval_strategy"])
     check_installed(chosen)
     try:
         made = DistillationConfig(output_dir=str(folder), **{**own, **chosen, **stage.given})
     except (ValueError, TypeError, OSError) as error:
-        raise ConfigError(f"training arguments: {str(error).partition(chr(10))[0]}") from error
+        said = " ".join(str(error).split())
+        raise ConfigError(f"training arguments: {said}") from error
     check_ranks(made)
     return made
 

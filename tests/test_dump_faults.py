@@ -274,7 +274,7 @@ def test_files_may_not_grow(
     mine = {**config, "output_dir": str(folder)}
     assert max(map(len, shards(whole[0]).values())) > 4000
     assert forks.run(mine, file_limit=limit) == 1
-    assert forks.last_line().startswith("OutOfSpace: ") and "then run the same dump again" in forks.last_line()
+    assert forks.last_line().startswith("OutOfSpace: ") and "make room, then run the same " in forks.last_line()
     assert not (folder / "store.json").exists() and not list((folder / "shards").glob("*.tmp"))
     assert len(committed(folder)) == (0 if limit == 4000 else len(shards(whole[0])))
     assert forks.run(mine) == 0, forks.last_line()

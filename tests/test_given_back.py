@@ -25,7 +25,7 @@ FAST = {"max_steps": 2, "use_cpu": True, "report_to": [], "disable_tqdm": True, 
 def store(tmp_path: Path, tiny_tokenizer_dir: Path) -> Path:
     rows = random_rows(12, 1, 60)
     logits = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
-    write_store(tmp_path / "store", {"train": rows}, {"train": logits}, {"train": np.arange(12) % 3},
+    write_store(tmp_path / "store", *({"train": of, "validation": of} for of in (rows, logits, np.arange(12) % 3)),
                 tokenizer_dir=tiny_tokenizer_dir)  # fmt: skip
     return tmp_path / "store"
 
@@ -67,6 +67,13 @@ def test_a_run_that_failed_before_its_first_checkpoint_is_no_run(
     train({**settings, "training_arguments": FAST})
     with pytest.raises(ConfigError, match="holds another run"):
         train({**settings, "training_arguments": FAST})
+
+
+def test_the_best_checkpoint_is_one_that_was_evaluated(store: Path, student: str, tmp_path: Path) -> None:
+    settings = {"stores": [str(store)], "student_config": student, "output_dir": str(tmp_path / "run")}
+    arguments = {name: value for name, value in FAST.items() if name not in ("save_strategy", "max_steps")}
+    train({**settings, "training_arguments": {**arguments, "num_train_epochs": 2, "load_best_model_at_end": True}})
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 2
 
 
 def test_a_store_is_given_once(store: Path, student: str, tmp_path: Path) -> None:

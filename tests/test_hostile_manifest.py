@@ -151,7 +151,9 @@ def test_deep_and_long_values_of_a_sound_store_are_read(path: Path) -> None:
 
 
 @pytest.mark.timeout(SECONDS)
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)], ids=str)
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)], ids=["pipe", "folder", "device"]
+)
 @pytest.mark.parametrize("name", ["store.json", "plan.json", f"shards/{NAME}.json"])
 def test_pipes_devices_and_folders_are_not_read(path: Path, name: str, make: Callable[[Path], None]) -> None:
     (path / name).unlink()
