@@ -197,8 +197,10 @@ def test_thresholds_lengths_and_several_stores(folder: Path, teacher: Path, tmp_
     assert none["eval_no_answer_accuracy"] == 100 and some["eval_no_answer_accuracy"] == 0
     assert none["eval_has_answer_f1"] == 0
     store = TeacherStore.open(folder)
-    twice = train({"stores": [str(folder)] * 2, "output_dir": str(tmp_path / "two"), "teacher": str(teacher),
-                   "student": "from-teacher-layers:1,2", "no_answer_threshold": 1e6, "max_answer_length": 30,
+    shutil.copytree(folder, tmp_path / "copy")
+    twice = train({"stores": [str(folder), str(tmp_path / "copy")], "output_dir": str(tmp_path / "two"),
+                   "teacher": str(teacher), "student": "from-teacher-layers:1,2",
+                   "no_answer_threshold": 1e6, "max_answer_length": 30,
                    "training_arguments": {**FAST, "learning_rate": 0.0}})  # fmt: skip
     assert twice["eval_f1"] == pytest.approx(some["eval_f1"]) and twice["eval_teacher_agreement"] == 1
     store.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,13 @@ from predistill.teacher_dump.importing.config import ImportConfig
 from predistill.teacher_dump.recheck import recheck, rechecked
 from predistill.teacher_dump.rechecking.compare import compare
 from predistill.teacher_dump.rechecking.config import RecheckConfig
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 own_cache = dump_cases.own_cache  # a fixture
 LANGUAGE: dict[str, dict[str, Any]] = {
@@ -156,8 +163,14 @@ def test_taggers_and_readers(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
     ):  # fmt: skip
         found = again(tmp_path / folder, teacher)
         assert set(found["fields"]) == columns and not found["problems"] and not found["differences"]
-    with pytest.raises(StoreMismatch, match="logits of 5 classes, and the teacher gives 2"):
+    with pytest.raises(ConfigError, match="is a BertForQuestionAnswering; --task token-classification needs"):
         again(tmp_path / "tags", reader)
+    shutil.copytree(tagger, tmp_path / "fewer")
+    AutoModelForTokenClassification.from_config(AutoConfig.from_pretrained(tagger, num_labels=2)).save_pretrained(
+        tmp_path / "fewer"
+    )
+    with pytest.raises(StoreMismatch, match="logits of 5 classes, and the teacher gives 2"):
+        again(tmp_path / "tags", tmp_path / "fewer")
 
 
 def test_one_wrong_value_is_found(tiny_tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
