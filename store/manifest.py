@@ -21,9 +21,6 @@ from .identity import digest, file_sha256
 from .schema import ADDRESS_COLUMNS, FORMAT_VERSION, FieldSpec, check_version
 from .shard import ShardPlan, fsync_folder
 from .strict import BEYOND, LARGEST_SIDECAR, check_inside, is_count, is_entry, is_sha256, member, read_json, shown
-from .strict import LARGEST_JSON as LARGEST_JSON
-from .strict import check_name as check_name
-from .strict import parse_json as parse_json
 
 PLAN, MANIFEST, SHARDS = "plan.json", "store.json", "shards"
 FOLDERS = ("tokenizer", "processor")

@@ -139,7 +139,7 @@ def _shard_problems(folder: Path, plan: Plan, shard: ShardPlan, entry: Mapping[s
         yield _problem(path, folder, "structure", f"{error}; {remake}")
     sidecar = path.with_suffix(".json")
     try:
-        said = manifest.read_json(sidecar)
+        said = manifest.read_sidecar(path)
     except (FileNotFoundError, StoreCorrupt) as error:
         yield _problem(sidecar, folder, "missing" if not sidecar.exists() else "sidecar", f"{error}; {remake}")
         return

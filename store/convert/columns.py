@@ -14,7 +14,7 @@ import numpy as np
 from .. import schema
 from ..codecs import WHOLE_COLUMN, Part, codec_of, parts_of
 from ..errors import StoreCorrupt
-from ..mapped import MappedShard
+from ..mapped import MappedShard, counting
 from ..schema import FieldSpec
 
 CHUNK = 32 << 20  # bytes of a shard that are decoded together
@@ -66,15 +66,14 @@ def lengths(mapped: MappedShard, symbol: str, first: int, last: int) -> np.ndarr
         raise StoreCorrupt(f"{mapped.path}: no column tells how long its rows are ({symbol})")
     part = parts_of(leader)[0]
     if schema.is_ragged(leader.shape):
-        counting = _counting(mapped, leader)
-        part, leader = parts_of(counting)[0], counting
+        beside = counting(leader, mapped.fields, mapped.path)
+        part, leader = parts_of(beside)[0], beside
     return _sizes((part, *mapped.part(leader, part)), first, last)
 
 
 def _ragged(mapped: MappedShard, spec: FieldSpec, parts: list, first: int, last: int) -> Values:
     """("S", "K"): padded to the longest position, decoded, and flat again."""
-    counting = _counting(mapped, spec)
-    own = decoded(mapped, counting, first, last)
+    own = decoded(mapped, counting(spec, mapped.fields, mapped.path), first, last)
     counts = own.values.astype(np.int64)
     most, found = int(counts.max(initial=0)), []
     for part, values, starts in parts:
@@ -110,14 +109,6 @@ def _one(mapped: MappedShard, spec: FieldSpec, parts: list, row: int) -> np.ndar
             raise StoreCorrupt(f"{mapped.path}: column {spec.name}: a row of shape {shape} holds {flat.size} values")
         found.append(flat.reshape(shape))
     return codec_of(spec).decode(found, spec).reshape(-1)
-
-
-def _counting(mapped: MappedShard, spec: FieldSpec) -> FieldSpec:
-    name = spec.parameters["counts"]
-    found = next((one for one in mapped.fields if one.name == name and one.shape == spec.shape[:1]), None)
-    if found is None or found.codec != "dense":
-        raise StoreCorrupt(f"{mapped.path}: column {spec.name} has no column of counts {name!r} beside it")
-    return found
 
 
 def _sizes(part: tuple[Part, np.ndarray, np.ndarray | None], first: int, last: int) -> np.ndarray:

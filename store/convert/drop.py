@@ -26,6 +26,7 @@ from ..parts import part_names
 from ..progress import bytes_bar
 from ..reader import TeacherStore
 from ..shard import fsync_folder
+from ..strict import read_json
 from ..verify import KNOWN
 from ..writer import take_lock
 from .config import DropConfig
@@ -133,7 +134,7 @@ def _keep(store: TeacherStore, at: int, new: Path) -> None:
     said = {key: value for key, value in store.manifest["shards"][at].items() if key != "name"}
     sidecar = {**said, "fingerprint": store.fingerprint}
     try:
-        if manifest.read_json(source.with_suffix(".json")) == sidecar:
+        if manifest.read_sidecar(source) == sidecar:
             link(source.with_suffix(".json"), target.with_suffix(".json"))
             return
     except (FileNotFoundError, StoreCorrupt):
@@ -196,7 +197,7 @@ def _ours(work: Path) -> Path:
 
 def _said(work: Path) -> dict[str, Any] | None:
     try:
-        return manifest.read_json(work / _JOURNAL)
+        return read_json(work / _JOURNAL)
     except (FileNotFoundError, StoreCorrupt):
         return None
 

@@ -22,6 +22,7 @@ from ..members import tellers
 from ..progress import bytes_bar
 from ..reader import TeacherStore
 from ..shard import ShardPlan, fsync_folder
+from ..strict import read_json
 from ..writer import take_lock
 from .config import ExportConfig
 from .recut import check_apart, checked_shard, plan_of
@@ -106,7 +107,7 @@ def _check_folder(output: Path, about: dict[str, Any]) -> None:
         raise ConfigError(
             f"OUTPUT {output} holds {sorted(names)[0]} and is no export; give a folder that is new or empty"
         )
-    said = manifest.read_json(output / EXPORT)
+    said = read_json(output / EXPORT)
     for name, value in about.items():
         if said.get(name) != value:
             what = {"format": "of another --format", "raw": "with another --raw"}.get(name, "of another store")

@@ -22,10 +22,10 @@ import numpy as np
 
 from .. import schema
 from ..codecs import WHOLE_COLUMN, parts_of
-from ..manifest import check_name
 from ..mapped import MappedShard
 from ..schema import FieldSpec
 from ..shard import ShardPlan
+from ..strict import check_name
 from .columns import Values, chunks, decoded, lengths
 from .export_safetensors import as_json
 

@@ -153,7 +153,7 @@ class _Pull:
         commit(self.folder, shard, shard_batch(columns, self.plan.fields, shard, self.plan.fingerprint),
                self.plan.fingerprint)  # fmt: skip
         path = shard_path(self.folder, shard.name)
-        self._checked(path, self.plan, shard, manifest.read_json(path.with_suffix(".json")))
+        self._checked(path, self.plan, shard, manifest.read_sidecar(path))
 
     def _checked(self, path: Path, plan: Plan, shard: ShardPlan, entry: Mapping[str, Any]) -> MappedShard:
         try:

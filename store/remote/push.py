@@ -19,6 +19,7 @@ from ..convert.recut import plain_file
 from ..errors import ConfigError, StoreCorrupt, StoreError, StoreMismatch
 from ..identity import file_sha256
 from ..progress import bytes_bar
+from ..strict import parse_json
 from ..verify import verify
 from .config import PushConfig
 from .elsewhere import FilePlace, HubPlace, Place, clean, is_url, open_place
@@ -164,7 +165,7 @@ def _fingerprint_there(place: FilePlace) -> str | None:
         return None
     where = f"{place.url}/{manifest.PLAN}"
     try:
-        return manifest.Plan.from_json(manifest.parse_json(place.read(manifest.PLAN), where), where).fingerprint
+        return manifest.Plan.from_json(parse_json(place.read(manifest.PLAN), where), where).fingerprint
     except StoreCorrupt:
         return None
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from .. import manifest
 from ..errors import OutOfSpace, StoreCorrupt, StoreError, StoreIncomplete, StoreMismatch
 from ..shard import fsync_folder
+from ..strict import LARGEST_JSON, parse_json
 from .elsewhere import Place, explained
 
 CHUNK = 16 << 20  # bytes asked for at a time
@@ -39,9 +40,9 @@ def read_remote_manifest(place: Place) -> dict[str, Any]:
             )
         raise StoreError(f"{place.url} is not a store, or is not there: it has no {manifest.MANIFEST}")
     where = f"{place.url}/{manifest.MANIFEST}"
-    if found.size > manifest.LARGEST_JSON:
+    if found.size > LARGEST_JSON:
         raise StoreCorrupt(f"{where}: {found.size} bytes is no manifest")
-    made = manifest.check_manifest(manifest.parse_json(place.read(manifest.MANIFEST), where), where)
+    made = manifest.check_manifest(parse_json(place.read(manifest.MANIFEST), where), where)
     for name, entry in made.get("files", {}).items():
         check_file(name, entry, where)
     for entry in made["shards"]:

@@ -28,7 +28,7 @@ class Leaves(Mapping[Any, Tensor]):
     def __getitem__(self, key: Any) -> Tensor:
         if key not in self.used:
             value = self._found[key]
-            leaf = self.piece.of(value.detach(), token_axes(key)).to(torch.promote_types(value.dtype, torch.float32))
+            leaf = self.piece.of(value.detach(), axes_of(key)).to(torch.promote_types(value.dtype, torch.float32))
             self.used[key] = leaf.requires_grad_(value.requires_grad)
         return self.used[key]
 
@@ -69,7 +69,7 @@ class Learnt:
             if isinstance(key, int):
                 self._gradients[key] += gradient
             else:
-                leaves.piece.add(self._gradients[key], gradient, token_axes(key))
+                leaves.piece.add(self._gradients[key], gradient, axes_of(key))
 
     def total(self, value: Tensor) -> Tensor:
         """`value`, a scalar without a graph, whose backward pass hands on the gradients."""
@@ -77,7 +77,7 @@ class Learnt:
         return _Injected.apply(value, len(tensors), *tensors, *self._gradients.values())
 
 
-def token_axes(key: tuple[str, Any]) -> tuple[int, ...]:
+def axes_of(key: tuple[str, Any]) -> tuple[int, ...]:
     """Of a tensor of the student, those that are tokens; key: (kind, layer)."""
     if key[0] in ("attentions", "attention_scores"):
         return 2, 3

@@ -22,6 +22,7 @@ from ...store import manifest
 from ...store.errors import ConfigError, StoreError, StoreMismatch
 from ...store.identity import differences, file_sha256, short
 from ...store.shard import fsync_folder
+from ...store.strict import read_json
 from ...store.writer import take_lock
 from .rewrite import View
 
@@ -71,7 +72,7 @@ class Work:
         """What `finish` wrote, where the output is still that."""
         if not (self._folder / "done.json").exists() or not self.output.exists():
             return None
-        found = manifest.read_json(self._folder / "done.json")
+        found = read_json(self._folder / "done.json")
         if found.get("sha256") != file_sha256(self.output):
             raise StoreError(f"{self.output} was changed after it was written; give another name, or remove it")
         self._remove_parts()  # which a kill after done.json leaves
@@ -140,7 +141,7 @@ class Work:
 def _begun(folder: Path) -> dict[str, Any] | None:
     """The plan of what was begun there; one of which no part is finished holds nobody to it."""
     finished = (folder / "done.json").exists() or any(folder.glob("part-*.jsonl"))
-    return manifest.read_json(folder / "plan.json") if finished and (folder / "plan.json").exists() else None
+    return read_json(folder / "plan.json") if finished and (folder / "plan.json").exists() else None
 
 
 def _differ(stored: dict[str, Any], plan: dict[str, Any]) -> list[tuple[str, Any, Any]]:
